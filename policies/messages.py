@@ -1,0 +1,359 @@
+"""What the scheduler hears (events, past tense) and what it says (commands, imperative).
+
+Frozen values only: ids, sizes and times. No tokens, no tensors, no object references: a chunk is an opaque key and a
+number of bytes. The clock is never read here; every event is handled with a `now` in seconds given by the caller.
+
+A prompt is described by its marks. A `Mark(end, key)` says: the tokens [0, end) hash to `key`. Marks stand at every
+multiple of `chunk_tokens` and, in between, at places where a conversation was or will be cut (the end of a system
+prompt, of an earlier answer, of the prompt itself):
+
+    tokens   0 ........ C ........ 2C ....|.... 3C ..|
+    marks              m1          m2     b1    m3   end
+    chunks   [---------)[----------)[-----------)[---)      a chunk starts at a multiple of C
+
+A chunk carries the marks that lie inside it, so a prompt that ends at b1 can use the first part of the third chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+ChunkKey = str
+TurnId = str
+SessionId = str
+ReplicaId = str
+NodeId = str
+
+
+class Tier(StrEnum):
+    """A place that holds chunks, fastest first."""
+
+    HBM = "hbm"
+    DRAM = "dram"
+    SSD = "ssd"
+    OBJECT = "object"
+
+
+class Cause(StrEnum):
+    """Why a prompt token was computed and not reused (DESIGN: no miss without a cause)."""
+
+    NEVER_STORED = "never_stored"  # this prefix was not seen before: new text
+    LAST_TOKEN = "last_token"  # everything was there; its logits need one token computed
+    EVICTED = "evicted"
+    DECLINED = "declined"  # admission, or the plan, chose not to save or load it
+    LATE = "late"  # not in place before its deadline
+    CORRUPT = "corrupt"
+    LOST = "lost"  # its node, actor, disk or bucket failed
+    DRIFT = "template_drift"
+    TRUNCATED = "truncated"
+    REUSE_OFF = "reuse_off"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The tokens [0, end) of a prompt hash to `key`."""
+
+    end: int
+    key: ChunkKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkInfo:
+    """One immutable chunk: the KV of tokens [start, end). `key` is the key of its last mark, `parent` that of [0, start)."""
+
+    key: ChunkKey
+    parent: ChunkKey | None
+    start: int
+    end: int
+    num_bytes: int
+    marks: tuple[Mark, ...]  # ascending, start < mark.end <= end; the last one is (end, key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One request of a session as the scheduler sees it."""
+
+    turn_id: TurnId
+    session_id: SessionId
+    prompt: tuple[Mark, ...]  # ascending; the last mark ends at num_prompt_tokens
+    num_prompt_tokens: int
+    max_new_tokens: int
+    priority: int = 0  # lower is more urgent
+    reuse: bool = True
+    drift_at: int | None = None  # first token at which the template broke the session's prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreStep:
+    """Load tokens [start, start + num_tokens) of the turn from this chunk (its first `num_tokens` tokens)."""
+
+    chunk: ChunkKey
+    start: int
+    num_tokens: int
+    num_bytes: int
+    tier: Tier
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestorePlan:
+    """Which chunks come from where; the engine computes from `num_reused` on. sum(recomputed) + num_reused = prompt."""
+
+    steps: tuple[RestoreStep, ...] = ()
+    recomputed: tuple[tuple[Cause, int], ...] = ()
+
+    @property
+    def num_reused(self) -> int:
+        return sum(step.num_tokens for step in self.steps)
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSubmitted:
+    """A turn asks to run. The same turn_id again is a new attempt: it replaces whatever was known of the earlier one."""
+
+    turn: Turn
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCancelled:
+    turn_id: TurnId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnStarted:
+    """The replica has restored what it could: the plan's leases may go."""
+
+    turn_id: TurnId
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnFinished:
+    """The turn left its replica (done, cancelled, failed or preempted): its slot is free."""
+
+    turn_id: TurnId
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunksReady:
+    """A replica holds new chunks in its write buffer and offers them to the store of its node."""
+
+    replica_id: ReplicaId
+    node_id: NodeId
+    session_id: SessionId
+    chunks: tuple[ChunkInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunksSaved:
+    """Saved into DRAM of the node: visible from now on."""
+
+    node_id: NodeId
+    chunks: tuple[ChunkKey, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkFetched:
+    """Raised into DRAM of the node from a lower tier or another node."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkDemoted:
+    """A committed copy now exists in `tier`; the DRAM copy is still there until it is dropped."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+    tier: Tier
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkDropped:
+    """Its bytes in that tier are free again."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkLost:
+    """A copy that was believed to exist does not, or failed its checksum."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+    tier: Tier
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandFailed:
+    """The command had no effect (full disk, dead actor, deadline passed): the state before it holds."""
+
+    command: Command
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredChunk:
+    """One line of a node's inventory."""
+
+    info: ChunkInfo
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierSpec:
+    """A node's tier: its byte budget and measured bandwidth (bytes/s) for moving up towards the engine."""
+
+    tier: Tier
+    budget_bytes: int
+    bytes_per_s: float = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJoined:
+    """A node with its tiers and what they already hold. The same node again replaces what was known of it."""
+
+    node_id: NodeId
+    tiers: tuple[TierSpec, ...]
+    inventory: tuple[StoredChunk, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    node_id: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaReady:
+    """A replica takes turns. Again for the same id: it restarted, and whatever ran on it is gone."""
+
+    replica_id: ReplicaId
+    node_id: NodeId
+    max_running_turns: int
+    max_running_tokens: int  # KV capacity of its block pool
+    prefill_tokens_per_s: float = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLost:
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: deadlines, leases and watermarks are looked at again."""
+
+
+Event = (
+    TurnSubmitted
+    | TurnCancelled
+    | TurnStarted
+    | TurnFinished
+    | ChunksReady
+    | ChunksSaved
+    | ChunkFetched
+    | ChunkDemoted
+    | ChunkDropped
+    | ChunkLost
+    | CommandFailed
+    | NodeJoined
+    | NodeLost
+    | ReplicaReady
+    | ReplicaLost
+    | Tick
+)
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """Run this turn now on this replica, restoring by the plan."""
+
+    turn_id: TurnId
+    replica_id: ReplicaId
+    plan: RestorePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """The node's store pulls these chunks out of the replica's write buffer into DRAM."""
+
+    node_id: NodeId
+    replica_id: ReplicaId
+    chunks: tuple[ChunkInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decline:
+    """The replica forgets these offered chunks."""
+
+    replica_id: ReplicaId
+    chunks: tuple[ChunkKey, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Raise the chunk into DRAM of `node_id` from `source` on `source_node`."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+    source: Tier
+    source_node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demote:
+    """Write a copy of the DRAM chunk to the lower `tier`. The DRAM copy stays until a Drop."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Remove the copy in that tier of that node."""
+
+    node_id: NodeId
+    chunk: ChunkKey
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop this turn on its replica; its blocks are freed, its finished chunks are kept."""
+
+    turn_id: TurnId
+    replica_id: ReplicaId
+
+
+Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How the scheduler is tuned. Durations in seconds, shares of a tier's budget between 0 and 1."""
+
+    high_watermark: float = 0.90  # above this share of DRAM, eviction starts
+    low_watermark: float = 0.80  # and goes on until this share
+    restore_deadline_s: float = 10.0  # a turn at the head of the queue waits this long for its chunks
+    lease_s: float = 60.0  # a dispatched turn's chunks are pinned no longer than this
+    write_through: bool = True  # copy new chunks to the lower tier at once; evicting them is then free
+    max_fetches_in_flight: int = 8  # per node
+    session_ttl_s: float = 3600.0  # chunks of sessions silent for longer go first
+    ghosts: int = 100_000  # remembered keys of chunks that are gone, to name the cause of a miss
+    eviction: str = "policies.eviction:LookAhead"
+    prefetch: str = "policies.prefetch:LookAhead"
+    placement: str = "policies.placement:EarliestStart"
+    admission: str = "policies.admission:Always"
