@@ -1,0 +1,232 @@
+"""Chunks as objects of any fsspec file system (s3://, gs://, memory://, …): the OBJECT tier.
+
+A chunk is one PUT; opening one costs a ranged GET of its head, and each layer one more. Nothing is cached and no
+listing is trusted. Several tiers may share a bucket; see `storage.filesystem` for what counts towards which budget.
+The file system should make an object visible only when it is complete, as every object store does.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import fsspec.asyn
+import fsspec.core
+
+from storage.account import Account
+from storage.format import FIRST_READ_BYTES, ChunkReader, RangeSource
+from storage.header import Buffer, ChunkHeader, CorruptChunk, byte_view
+from storage.tier import CHUNK_SUFFIX, ChunkMissing, TierError, TierFull, chunk_path, open_chunk
+
+_logger = logging.getLogger(__name__)
+
+_INVENTORY_BATCH = 64  # heads asked for at once
+_CLEAN_UP_S = 2.0
+
+
+class ObjectTier:
+    """A ChunkTier below a URL. Every request ends within `deadline_s`, after which it is a TierError.
+
+    At the start the listing is read, and what fits the budget is counted; what does not stays where it is, uncounted
+    but readable. TierError if the place does not answer or does not exist.
+    """
+
+    def __init__(
+        self, url: str, budget_bytes: int, *, deadline_s: float = 30.0, options: Mapping[str, object] | None = None
+    ) -> None:
+        if deadline_s <= 0:
+            raise ValueError(f"deadline_s must be > 0, got {deadline_s}")
+        self.budget_bytes = budget_bytes
+        self.deadline_s = deadline_s
+        self._account = Account(budget_bytes)
+        self._url = url
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, **(options or {})})
+        except (ImportError, ValueError) as error:
+            raise TierError(f"{url}: {error}") from error
+        self._root = root.rstrip("/")
+        self._adopt()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._account.used_bytes
+
+    def put(self, key: str, data: Buffer) -> int:
+        view, path = byte_view(data), self._path(key)
+        size = self._remote_size(key)
+        num_bytes = len(view) if size is None else size
+        with self._account.adding(key, num_bytes, lambda: self._is_there(key)) as is_new:
+            if is_new and size is None:
+                self._upload(path, view.tobytes())
+        return self._account.get(key) or num_bytes
+
+    def open(self, key: str) -> ChunkReader:
+        source = RangeSource(
+            read=lambda offset, length: self._get(key, offset, offset + length), num_bytes=self.num_bytes(key)
+        )
+        return open_chunk(key, source)
+
+    def read(self, key: str) -> bytes:
+        return self._get(key, 0, self.num_bytes(key))
+
+    def delete(self, key: str) -> bool:
+        path = self._path(key)
+        with self._account.removing(key) as is_known:
+            if not is_known and self._remote_size(key) is None:
+                return False
+            try:
+                self._call("rm_file", path)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return isinstance(key, str) and self.num_bytes(key) > 0
+        except ChunkMissing:
+            return False
+
+    def num_bytes(self, key: str) -> int:
+        size = self._account.get(key)
+        if size is None:
+            size = self._remote_size(key)
+        if size is None:
+            raise ChunkMissing(f"chunk {key} is not in {self._url}")
+        return size
+
+    def keys(self) -> list[str]:
+        return self._account.keys()
+
+    def inventory(self) -> Iterator[tuple[ChunkHeader, int]]:
+        keys = iter(self.keys())
+        while batch := [
+            (key, size) for key in itertools.islice(keys, _INVENTORY_BATCH) if (size := self._account.get(key))
+        ]:
+            paths, ends = [self._path(key) for key, _ in batch], [min(size, FIRST_READ_BYTES) for _, size in batch]
+            heads = self._call("cat_ranges", paths, [0] * len(batch), ends, on_error="return")
+            for (key, size), head in zip(batch, heads):
+                header = self._header_or_none(key, size, head)
+                if header is not None:
+                    yield header, size
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{chunk_path(key)}"
+
+    def _adopt(self) -> None:
+        try:
+            found: dict[str, dict[str, Any]] = self._call("find", self._root, detail=True)
+        except FileNotFoundError:
+            found = {}
+        num_left = 0
+        for path, info in found.items():
+            name = path.rsplit("/", 1)[-1]
+            key = name.removesuffix(CHUNK_SUFFIX)
+            if name != key and path.endswith("/" + chunk_path(key)):
+                try:
+                    with self._account.adding(key, int(info["size"])):
+                        pass  # it is there
+                except TierFull:
+                    num_left += 1
+        if num_left:
+            _logger.warning(
+                "%s holds %d chunks beyond this tier's budget: raise it or delete them", self._url, num_left
+            )
+
+    def _remote_size(self, key: str) -> int | None:
+        try:
+            info = self._call("info", self._path(key))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def _is_there(self, key: str) -> bool:
+        return self._remote_size(key) is not None
+
+    def _forget_if_gone(self, key: str) -> None:
+        self._account.forget_unless(key, lambda: self._is_there(key))
+
+    def _get(self, key: str, start: int, end: int) -> bytes:
+        try:
+            return bytes(self._call("cat_file", self._path(key), start=start, end=end))
+        except FileNotFoundError:
+            self._forget_if_gone(key)
+            raise ChunkMissing(f"chunk {key} is no longer in {self._url}") from None
+
+    def _upload(self, path: str, data: bytes) -> None:
+        try:
+            self._call("pipe_file", path, data)
+        except FileNotFoundError as error:
+            raise TierError(f"{self._url} does not exist: create the bucket or folder first") from error
+        except TierError:
+            with suppress(TierError, FileNotFoundError):
+                self._call("rm_file", path, deadline_s=min(self.deadline_s, _CLEAN_UP_S))
+            raise
+
+    def _header_or_none(self, key: str, size: int, head: bytes | Exception) -> ChunkHeader | None:
+        """The header of one chunk of the inventory; a damaged one is deleted."""
+        if isinstance(head, FileNotFoundError):
+            self._forget_if_gone(key)
+            return None
+        if isinstance(head, Exception):
+            _logger.warning("skipping unreadable chunk %s: %s", key, head)
+            return None
+        source = RangeSource(
+            read=lambda start, length: head if start == 0 else self._get(key, start, start + length), num_bytes=size
+        )
+        try:
+            return open_chunk(key, source).header
+        except CorruptChunk as error:
+            _logger.warning("deleting damaged chunk %s: %s", key, error)
+            self.delete(key)
+        except TierError as error:
+            _logger.warning("skipping unreadable chunk %s: %s", key, error)
+        return None
+
+    def _call(self, operation: str, *args: object, deadline_s: float | None = None, **options: object) -> Any:
+        """One operation of the file system. FileNotFoundError, or TierError for everything else it may raise."""
+        limit_s = self.deadline_s if deadline_s is None else deadline_s
+        try:
+            if self._fs.async_impl:
+                function = getattr(self._fs, "_" + operation)
+                return fsspec.asyn.sync(self._fs.loop, function, *args, timeout=limit_s, **options)
+            return _within(limit_s, lambda: getattr(self._fs, operation)(*args, **options))
+        except FileNotFoundError:
+            raise
+        except TimeoutError as error:
+            raise TierError(f"{self._url}: {operation} was not done after {limit_s} s") from error
+        except PermissionError as error:
+            raise TierError(
+                f"{self._url}: {operation} denied; check the credentials and their rights: {error}"
+            ) from error
+        except Exception as error:  # each driver brings its own classes
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (TierFull if full else TierError)(f"{self._url}: {operation} failed: {error!r}") from error
+
+
+def _within(limit_s: float, function: Callable[[], object]) -> object:
+    """Run a blocking call in a thread of its own, and leave it there if it does not end. TimeoutError."""
+    outcome: list[tuple[object, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="object-tier")
+    thread.start()
+    thread.join(limit_s)
+    if not outcome:
+        raise TimeoutError
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
