@@ -29,6 +29,76 @@ _INVENTORY_BATCH = 64  # heads asked for at once
 _CLEAN_UP_S = 2.0
 
 
+class Bucket:
+    """The place below a URL, and its operations with a deadline. Counts and keeps nothing."""
+
+    def __init__(self, url: str, deadline_s: float, options: Mapping[str, object] | None) -> None:
+        if deadline_s <= 0:
+            raise ValueError(f"deadline_s must be > 0, got {deadline_s}")
+        self.deadline_s = deadline_s
+        self._url = url
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, **(options or {})})
+        except (ImportError, ValueError) as error:
+            raise TierError(f"{url}: {error}") from error
+        self.root = root.rstrip("/")
+
+    def path(self, key: str) -> str:
+        return f"{self.root}/{chunk_path(key)}"
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a chunk's file; None where there is none."""
+        try:
+            info = self.call("info", self.path(key))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def get(self, key: str, start: int, end: int) -> bytes:
+        """One ranged request. FileNotFoundError."""
+        return bytes(self.call("cat_file", self.path(key), start=start, end=end))
+
+    def call(self, operation: str, *args: object, deadline_s: float | None = None, **options: object) -> Any:
+        """One operation of the file system. FileNotFoundError, or TierError for everything else it may raise."""
+        limit_s = self.deadline_s if deadline_s is None else deadline_s
+        try:
+            if self._fs.async_impl:
+                function = getattr(self._fs, "_" + operation)
+                return fsspec.asyn.sync(self._fs.loop, function, *args, timeout=limit_s, **options)
+            return _within(limit_s, lambda: getattr(self._fs, operation)(*args, **options))
+        except FileNotFoundError:
+            raise
+        except TimeoutError as error:
+            raise TierError(f"{self._url}: {operation} was not done after {limit_s} s") from error
+        except PermissionError as error:
+            raise TierError(
+                f"{self._url}: {operation} denied; check the credentials and their rights: {error}"
+            ) from error
+        except Exception as error:  # each driver brings its own classes
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (TierFull if full else TierError)(f"{self._url}: {operation} failed: {error!r}") from error
+
+
+class BucketReader:
+    """A ChunkOpener below a URL, for processes beside the one that has the ObjectTier."""
+
+    def __init__(self, url: str, *, deadline_s: float = 30.0, options: Mapping[str, object] | None = None) -> None:
+        self._bucket = Bucket(url, deadline_s, options)
+        self._url = url
+
+    def open(self, key: str) -> ChunkReader:
+        size = self._bucket.size(key)
+        if size is None:
+            raise ChunkMissing(f"chunk {key} is not in {self._url}")
+        return open_chunk(key, RangeSource(read=lambda start, length: self._get(key, start, length), num_bytes=size))
+
+    def _get(self, key: str, start: int, length: int) -> bytes:
+        try:
+            return self._bucket.get(key, start, start + length)
+        except FileNotFoundError:
+            raise ChunkMissing(f"chunk {key} is no longer in {self._url}") from None
+
+
 class ObjectTier:
     """A ChunkTier below a URL. Every request ends within `deadline_s`, after which it is a TierError.
 
@@ -39,26 +109,23 @@ class ObjectTier:
     def __init__(
         self, url: str, budget_bytes: int, *, deadline_s: float = 30.0, options: Mapping[str, object] | None = None
     ) -> None:
-        if deadline_s <= 0:
-            raise ValueError(f"deadline_s must be > 0, got {deadline_s}")
         self.budget_bytes = budget_bytes
-        self.deadline_s = deadline_s
         self._account = Account(budget_bytes)
+        self._bucket = Bucket(url, deadline_s, options)
         self._url = url
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, **(options or {})})
-        except (ImportError, ValueError) as error:
-            raise TierError(f"{url}: {error}") from error
-        self._root = root.rstrip("/")
         self._adopt()
+
+    @property
+    def deadline_s(self) -> float:
+        return self._bucket.deadline_s
 
     @property
     def used_bytes(self) -> int:
         return self._account.used_bytes
 
     def put(self, key: str, data: Buffer) -> int:
-        view, path = byte_view(data), self._path(key)
-        size = self._remote_size(key)
+        view, path = byte_view(data), self._bucket.path(key)
+        size = self._bucket.size(key)
         num_bytes = len(view) if size is None else size
         with self._account.adding(key, num_bytes, lambda: self._is_there(key)) as is_new:
             if is_new and size is None:
@@ -75,12 +142,12 @@ class ObjectTier:
         return self._get(key, 0, self.num_bytes(key))
 
     def delete(self, key: str) -> bool:
-        path = self._path(key)
+        path = self._bucket.path(key)
         with self._account.removing(key) as is_known:
-            if not is_known and self._remote_size(key) is None:
+            if not is_known and self._bucket.size(key) is None:
                 return False
             try:
-                self._call("rm_file", path)
+                self._bucket.call("rm_file", path)
             except FileNotFoundError:
                 return False
             return True
@@ -94,7 +161,7 @@ class ObjectTier:
     def num_bytes(self, key: str) -> int:
         size = self._account.get(key)
         if size is None:
-            size = self._remote_size(key)
+            size = self._bucket.size(key)
         if size is None:
             raise ChunkMissing(f"chunk {key} is not in {self._url}")
         return size
@@ -107,8 +174,11 @@ class ObjectTier:
         while batch := [
             (key, size) for key in itertools.islice(keys, _INVENTORY_BATCH) if (size := self._account.get(key))
         ]:
-            paths, ends = [self._path(key) for key, _ in batch], [min(size, FIRST_READ_BYTES) for _, size in batch]
-            heads = self._call("cat_ranges", paths, [0] * len(batch), ends, on_error="return")
+            paths, ends = (
+                [self._bucket.path(key) for key, _ in batch],
+                [min(size, FIRST_READ_BYTES) for _, size in batch],
+            )
+            heads = self._bucket.call("cat_ranges", paths, [0] * len(batch), ends, on_error="return")
             for (key, size), head in zip(batch, heads):
                 header = self._header_or_none(key, size, head)
                 if header is not None:
@@ -117,12 +187,9 @@ class ObjectTier:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _path(self, key: str) -> str:
-        return f"{self._root}/{chunk_path(key)}"
-
     def _adopt(self) -> None:
         try:
-            found: dict[str, dict[str, Any]] = self._call("find", self._root, detail=True)
+            found: dict[str, dict[str, Any]] = self._bucket.call("find", self._bucket.root, detail=True)
         except FileNotFoundError:
             found = {}
         num_left = 0
@@ -140,34 +207,27 @@ class ObjectTier:
                 "%s holds %d chunks beyond this tier's budget: raise it or delete them", self._url, num_left
             )
 
-    def _remote_size(self, key: str) -> int | None:
-        try:
-            info = self._call("info", self._path(key))
-        except FileNotFoundError:
-            return None
-        return int(info["size"]) if info["type"] == "file" else None
-
     def _is_there(self, key: str) -> bool:
-        return self._remote_size(key) is not None
+        return self._bucket.size(key) is not None
 
     def _forget_if_gone(self, key: str) -> None:
         self._account.forget_unless(key, lambda: self._is_there(key))
 
     def _get(self, key: str, start: int, end: int) -> bytes:
         try:
-            return bytes(self._call("cat_file", self._path(key), start=start, end=end))
+            return self._bucket.get(key, start, end)
         except FileNotFoundError:
             self._forget_if_gone(key)
             raise ChunkMissing(f"chunk {key} is no longer in {self._url}") from None
 
     def _upload(self, path: str, data: bytes) -> None:
         try:
-            self._call("pipe_file", path, data)
+            self._bucket.call("pipe_file", path, data)
         except FileNotFoundError as error:
             raise TierError(f"{self._url} does not exist: create the bucket or folder first") from error
         except TierError:
             with suppress(TierError, FileNotFoundError):
-                self._call("rm_file", path, deadline_s=min(self.deadline_s, _CLEAN_UP_S))
+                self._bucket.call("rm_file", path, deadline_s=min(self._bucket.deadline_s, _CLEAN_UP_S))
             raise
 
     def _header_or_none(self, key: str, size: int, head: bytes | Exception) -> ChunkHeader | None:
@@ -189,26 +249,6 @@ class ObjectTier:
         except TierError as error:
             _logger.warning("skipping unreadable chunk %s: %s", key, error)
         return None
-
-    def _call(self, operation: str, *args: object, deadline_s: float | None = None, **options: object) -> Any:
-        """One operation of the file system. FileNotFoundError, or TierError for everything else it may raise."""
-        limit_s = self.deadline_s if deadline_s is None else deadline_s
-        try:
-            if self._fs.async_impl:
-                function = getattr(self._fs, "_" + operation)
-                return fsspec.asyn.sync(self._fs.loop, function, *args, timeout=limit_s, **options)
-            return _within(limit_s, lambda: getattr(self._fs, operation)(*args, **options))
-        except FileNotFoundError:
-            raise
-        except TimeoutError as error:
-            raise TierError(f"{self._url}: {operation} was not done after {limit_s} s") from error
-        except PermissionError as error:
-            raise TierError(
-                f"{self._url}: {operation} denied; check the credentials and their rights: {error}"
-            ) from error
-        except Exception as error:  # each driver brings its own classes
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise (TierFull if full else TierError)(f"{self._url}: {operation} failed: {error!r}") from error
 
 
 def _within(limit_s: float, function: Callable[[], object]) -> object:

@@ -25,12 +25,12 @@ import fsspec.utils
 import pyarrow as pa
 
 from storage.account import Account
-from storage.bucket import ObjectTier
+from storage.bucket import BucketReader, ObjectTier
 from storage.format import ChunkReader, RangeSource
 from storage.header import Buffer, Bytes, ChunkHeader, CorruptChunk, byte_view
-from storage.tier import CHUNK_SUFFIX, ChunkMissing, ChunkTier, TierError, TierFull, chunk_path, open_chunk
+from storage.tier import CHUNK_SUFFIX, ChunkMissing, ChunkOpener, ChunkTier, TierError, TierFull, chunk_path, open_chunk
 
-__all__ = ["FileTier", "ObjectTier", "open_tier"]
+__all__ = ["FileReader", "FileTier", "ObjectTier", "open_reader", "open_tier"]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +47,28 @@ def open_tier(
         path = url.split("://", 1)[-1]
         return FileTier(path, budget_bytes)
     return ObjectTier(url, budget_bytes, deadline_s=deadline_s, options=options)
+
+
+def open_reader(url: str) -> ChunkOpener:
+    """For a process that only reads what another's tier keeps below `url`: counts, cleans and changes nothing."""
+    if fsspec.utils.get_protocol(url) in ("file", "local"):
+        return FileReader(url.split("://", 1)[-1])
+    return BucketReader(url)
+
+
+class FileReader:
+    """A ChunkOpener over a FileTier's folder."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root).expanduser().absolute()
+
+    def open(self, key: str) -> ChunkReader:
+        path = self._root / chunk_path(key)
+        with _explained(path):
+            try:
+                return open_chunk(key, _map(path))
+            except FileNotFoundError:
+                raise ChunkMissing(f"chunk {key} is not in {self._root}") from None
 
 
 class FileTier:
@@ -86,8 +108,8 @@ class FileTier:
         return open_chunk(key, self.read(key))
 
     def read(self, key: str) -> pa.Buffer:
-        with self._found(key) as path, pa.memory_map(str(path)) as mapped:
-            return mapped.read_buffer()
+        with self._found(key) as path:
+            return _map(path)
 
     def delete(self, key: str) -> bool:
         path = self._path(key)
@@ -193,6 +215,11 @@ class FileTier:
         _logger.warning("deleting the %d oldest chunks of %s: they exceed the budget", len(keys), self._root)
         for key in keys:
             self.delete(key)
+
+
+def _map(path: Path) -> pa.Buffer:
+    with pa.memory_map(str(path)) as mapped:
+        return mapped.read_buffer()
 
 
 class _TempFolder:

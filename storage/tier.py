@@ -22,6 +22,13 @@ class ChunkMissing(TierError):  # noqa: N818 - a state of the chunk
     """The tier does not have this chunk (any more)."""
 
 
+class ChunkOpener(Protocol):
+    """Reads chunks that others keep. Thread-safe."""
+
+    def open(self, key: str) -> ChunkReader:
+        """A reader over one chunk. ChunkMissing, CorruptChunk."""
+
+
 class ChunkTier(Protocol):
     """A place that keeps encoded chunks by key, within a budget of bytes.
 

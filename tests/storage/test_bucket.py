@@ -30,13 +30,13 @@ class TestMemoryUrl(PersistentTierContract):
         return reopen(BUDGET)
 
     def break_writes(self, tier, monkeypatch):
-        pipe_file = tier._fs.pipe_file
+        pipe_file = tier._bucket._fs.pipe_file
 
         def half(path, data):
             pipe_file(path, data[: len(data) // 2])
             raise OSError(28, "no space left on device")
 
-        monkeypatch.setattr(tier._fs, "pipe_file", half)
+        monkeypatch.setattr(tier._bucket._fs, "pipe_file", half)
 
     def test_a_full_device_is_a_full_tier(self, tier, monkeypatch):
         self.break_writes(tier, monkeypatch)
@@ -46,9 +46,9 @@ class TestMemoryUrl(PersistentTierContract):
     def test_a_call_that_hangs_ends_at_the_deadline(self, tier, monkeypatch):
         key, data = sample_chunk(2, 20_000)
         tier.put(key, data)
-        tier.deadline_s = 0.2
+        tier._bucket.deadline_s = 0.2
         for operation in ("cat_file", "info", "pipe_file", "rm_file"):
-            monkeypatch.setattr(tier._fs, operation, lambda *args, **kwargs: time.sleep(1.0))
+            monkeypatch.setattr(tier._bucket._fs, operation, lambda *args, **kwargs: time.sleep(1.0))
         started = time.monotonic()
         for call in (lambda: tier.open(key), lambda: tier.put("ab", b"x"), lambda: tier.delete(key)):
             with pytest.raises(TierError, match=r"not done after 0\.2 s"):
@@ -60,7 +60,7 @@ class TestMemoryUrl(PersistentTierContract):
         key, data = sample_chunk(3, 20_000)
         tier.put(key, data)
         for error in (RuntimeError("driver bug"), KeyError("x"), ConnectionResetError(104, "reset")):
-            monkeypatch.setattr(tier._fs, "cat_file", raising(error))
+            monkeypatch.setattr(tier._bucket._fs, "cat_file", raising(error))
             with pytest.raises(TierError):
                 tier.open(key)
         assert key in tier
@@ -72,17 +72,17 @@ class TestMemoryUrl(PersistentTierContract):
             key, data = sample_chunk(seed, 0)
             big.put(key, data)
             keys.append(key)
-        cat_file = big._fs.cat_file
+        cat_file = big._bucket._fs.cat_file
 
         def partly(path, *args, **kwargs):
             if keys[70] in path:
                 raise ConnectionResetError(104, "reset")
             return cat_file(path, *args, **kwargs)
 
-        monkeypatch.setattr(big._fs, "cat_file", partly)
+        monkeypatch.setattr(big._bucket._fs, "cat_file", partly)
         assert [header.key for header, _ in big.inventory()] == keys[:70] + keys[71:]
         assert keys[70] in big.keys()  # noqa: SIM118 - skipped, not forgotten
-        big._fs.rm("/contract/many", recursive=True)
+        big._bucket._fs.rm("/contract/many", recursive=True)
 
 
 class TestS3(PersistentTierContract):
@@ -180,7 +180,7 @@ class TestS3(PersistentTierContract):
         other_key = key[:2] + "other"
         tier = reopen(1 << 20)
         tier.put(key, data)
-        tier._fs.ls(f"{bucket}/chunks/{key[:2]}")
+        tier._bucket._fs.ls(f"{bucket}/chunks/{key[:2]}")
         elsewhere = {"endpoint_url": self.server.url, "skip_instance_cache": True}
         fsspec.filesystem("s3", **elsewhere).pipe_file(f"{bucket}/chunks/{key[:2]}/{other_key}.arrow", b"new")
         assert other_key in tier

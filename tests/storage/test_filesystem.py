@@ -13,7 +13,7 @@ import pytest
 import storage.filesystem
 from storage.bucket import ObjectTier
 from storage.contract import PersistentTierContract, same_bytes, sample_chunk
-from storage.filesystem import FileTier, open_tier
+from storage.filesystem import FileTier, open_reader, open_tier
 from storage.format import read_chunk
 from storage.tier import ChunkMissing, TierError, TierFull
 
@@ -321,3 +321,27 @@ def test_a_lost_file_is_missing_and_no_longer_counted(tmp_path):
     with pytest.raises(ChunkMissing):
         tier.open(key)
     tier.close()
+
+
+@pytest.mark.parametrize("scheme", ["file://", ""])
+def test_a_reader_beside_the_tier_reads_and_changes_nothing(tmp_path, scheme):
+    tier = FileTier(tmp_path, 10**6)
+    key, data = sample_chunk(1, 20_000)
+    tier.put(key, data)
+    before = sorted(tmp_path.rglob("*"))
+    reader = open_reader(f"{scheme}{tmp_path}")
+    chunk = reader.open(key)
+    assert chunk.header == read_chunk(data).header
+    chunk.verify()
+    with pytest.raises(ChunkMissing):
+        reader.open("0" * 64)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_reader_of_a_bucket():
+    tier = ObjectTier("memory://readers", 10**6)
+    key, data = sample_chunk(1, 20_000)
+    tier.put(key, data)
+    open_reader("memory://readers").open(key).verify()
+    with pytest.raises(ChunkMissing):
+        open_reader("memory://readers").open("0" * 64)
