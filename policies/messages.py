@@ -60,7 +60,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkInfo:
-    """One immutable chunk: the KV of tokens [start, end). `key` is the key of its last mark, `parent` that of [0, start)."""
+    """One immutable chunk: the KV of tokens [start, end). `key`: of its last mark, `parent`: of [0, start)."""
 
     key: ChunkKey
     parent: ChunkKey | None
@@ -113,7 +113,7 @@ class RestorePlan:
 
 @dataclass(frozen=True, slots=True)
 class TurnSubmitted:
-    """A turn asks to run. The same turn_id again is a new attempt: it replaces whatever was known of the earlier one."""
+    """A turn asks to run. The same turn_id again is a new attempt: it replaces what was known of the earlier one."""
 
     turn: Turn
 
@@ -304,7 +304,7 @@ class Decline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetch:
-    """Raise the chunk into DRAM of `node_id` from `source` on `source_node`."""
+    """Raise the chunk into DRAM of `node_id` from `source` on `source_node` (`places.SHARED` for OBJECT)."""
 
     node_id: NodeId
     chunk: ChunkKey
@@ -314,7 +314,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demote:
-    """Write a copy of the DRAM chunk to the lower `tier`. The DRAM copy stays until a Drop."""
+    """Write a copy of the chunk to the lower `tier`, from the fastest copy the node has (DRAM, else SSD).
+
+    The copy it was read from stays until a Drop.
+    """
 
     node_id: NodeId
     chunk: ChunkKey
@@ -332,7 +335,10 @@ class Drop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """Stop this turn on its replica; its blocks are freed, its finished chunks are kept."""
+    """Stop this turn on its replica; its blocks are freed, its finished chunks are kept.
+
+    The replica answers with TurnFinished, also when it does not know the turn.
+    """
 
     turn_id: TurnId
     replica_id: ReplicaId
@@ -345,15 +351,48 @@ Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel
 class SchedulerConfig:
     """How the scheduler is tuned. Durations in seconds, shares of a tier's budget between 0 and 1."""
 
-    high_watermark: float = 0.90  # above this share of DRAM, eviction starts
+    high_watermark: float = 0.90  # above this share of a tier's budget, eviction starts
     low_watermark: float = 0.80  # and goes on until this share
+    answer_reserve: float = 1.0  # share of max_new_tokens a dispatched turn reserves beside its prompt
     restore_deadline_s: float = 10.0  # a turn at the head of the queue waits this long for its chunks
     lease_s: float = 60.0  # a dispatched turn's chunks are pinned no longer than this
+    command_deadline_s: float = 30.0  # a Save, Fetch, Demote or Cancel unanswered for this long has failed
+    retry_s: float = 5.0  # what failed is not tried again for this long
+    offer_deadline_s: float = 5.0  # offered chunks wait this long for bytes, then they are declined
+    max_pending_offers: int = 1024  # per node; more are declined at once
     write_through: bool = True  # copy new chunks to the lower tier at once; evicting them is then free
     max_fetches_in_flight: int = 8  # per node
+    network_bytes_per_s: float = 0.5e9  # between nodes, for estimates only
     session_ttl_s: float = 3600.0  # chunks of sessions silent for longer go first
     ghosts: int = 100_000  # remembered keys of chunks that are gone, to name the cause of a miss
     eviction: str = "policies.eviction:LookAhead"
     prefetch: str = "policies.prefetch:LookAhead"
     placement: str = "policies.placement:EarliestStart"
     admission: str = "policies.admission:Always"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low_watermark <= self.high_watermark <= 1.0:
+            raise ValueError(
+                f"low_watermark {self.low_watermark} and high_watermark {self.high_watermark}: "
+                "choose 0 < low_watermark <= high_watermark <= 1"
+            )
+        if not 0.0 <= self.answer_reserve <= 1.0:
+            raise ValueError(f"answer_reserve is {self.answer_reserve}: choose a share between 0 and 1")
+        for name in _DURATIONS:
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose a number of seconds above 0")
+        for name in ("max_pending_offers", "max_fetches_in_flight", "ghosts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose 1 or more")
+        if not self.network_bytes_per_s > 0.0:
+            raise ValueError(f"network_bytes_per_s is {self.network_bytes_per_s}: choose a rate above 0")
+
+
+_DURATIONS = (
+    "restore_deadline_s",
+    "lease_s",
+    "command_deadline_s",
+    "retry_s",
+    "offer_deadline_s",
+    "session_ttl_s",
+)

@@ -1,0 +1,1 @@
+"""The inference engine: torch and transformers, without Ray. Start reading at `engine.py`."""

@@ -1,8 +1,7 @@
-"""Places to keep chunks in: a local Ray cluster, and an S3 server on the loopback that counts what it is asked."""
+"""A place to keep chunks in: an S3 server on the loopback that counts what it is asked."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -10,32 +9,6 @@ from collections.abc import Iterable, Iterator
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
-
-os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported
-for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-    os.environ.setdefault(name, "testing")
-
-MIB = 1 << 20
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """A Ray cluster of one node with a small object store; one that runs already is used and left alone."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(
-        num_cpus=2,
-        object_store_memory=256 * MIB,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        _system_config={"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0},
-    )
-    yield
-    ray.shutdown()
 
 
 class S3Server:

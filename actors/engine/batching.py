@@ -1,0 +1,141 @@
+"""What the next step does: pure planning over numbers, no tensors, no clock, no state.
+
+Decodes come first (one token each, oldest turn first), then prefill chunks in the order of arrival while the step's
+budget lasts. A turn is admitted when there is room for all its known tokens, so only decoding ever asks for more
+blocks. When there are none, the latest arrival gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """How far a turn is, for planning."""
+
+    QUEUED = "queued"
+    """Wants blocks for all its tokens."""
+    LOADING = "loading"
+    """Holds blocks that a loader writes to: takes no part in a step and cannot give them back now."""
+    COMPUTING = "computing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """One turn as the planner sees it."""
+
+    turn_id: str
+    arrival: int
+    phase: Phase
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose KV is not there yet; with 1 left, the turn decodes."""
+        return self.num_tokens - self.num_computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a step may use. `num_pending_blocks` are held by savers only and come back by themselves."""
+
+    num_free_blocks: int
+    num_pending_blocks: int
+    block_tokens: int
+    max_step_tokens: int
+    max_running_turns: int
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute the next `num_tokens` tokens of a turn; it needs `num_new_blocks` more blocks for them."""
+
+    turn_id: str
+    num_tokens: int
+    num_new_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Blocks for `work` are free now. `preempt` has at most one turn and none that is in `work`."""
+
+    work: tuple[Work, ...] = ()
+    admit: tuple[str, ...] = ()
+    preempt: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.num_tokens for work in self.work)
+
+
+def plan_step(demands: Sequence[Demand], room: Room) -> StepPlan:
+    """The next step for all turns of the engine. Changes nothing; an empty plan means: wait for a loader or saver."""
+    by_arrival = sorted(demands, key=lambda demand: demand.arrival)
+    holding = [demand for demand in by_arrival if demand.phase is not Phase.QUEUED]
+    computing = [demand for demand in holding if demand.phase is Phase.COMPUTING]
+    decodes, starved = _plan_decodes(computing, room)
+    victim = _victim(holding, room) if starved else None
+    work = [w for w in decodes if w.turn_id != victim]
+    work += _plan_prefill(computing, victim, room.max_step_tokens - len(work))
+    if starved:  # nobody joins while somebody who runs has no room
+        return StepPlan(work=tuple(work), preempt=(victim,) if victim is not None else ())
+    num_free = room.num_free_blocks - sum(w.num_new_blocks for w in work)
+    return StepPlan(work=tuple(work), admit=_plan_admission(by_arrival, len(holding), num_free, room))
+
+
+def _plan_decodes(computing: Sequence[Demand], room: Room) -> tuple[list[Work], bool]:
+    """One token for each turn that decodes, and whether one of them has no block for it and sits this step out."""
+    work: list[Work] = []
+    num_free, starved = room.num_free_blocks, False
+    for demand in computing:
+        if demand.num_remaining != 1:
+            continue
+        missing = max(0, room.blocks_for(demand.num_tokens) - demand.num_blocks)
+        if missing > num_free:
+            starved = True
+            continue
+        num_free -= missing
+        work.append(Work(demand.turn_id, 1, missing))
+    return work, starved
+
+
+def _victim(holding: Sequence[Demand], room: Room) -> str | None:
+    """The latest arrival. None while blocks come back by themselves, or a loader still writes to the latest's."""
+    latest = holding[-1]
+    waiting = room.num_pending_blocks > 0 or latest.phase is Phase.LOADING
+    return None if waiting else latest.turn_id
+
+
+def _plan_prefill(computing: Sequence[Demand], victim: str | None, budget: int) -> list[Work]:
+    work: list[Work] = []
+    for demand in computing:
+        if demand.num_remaining == 1 or demand.turn_id == victim:
+            continue
+        if budget <= 0:
+            break
+        num_tokens = min(demand.num_remaining, budget)
+        budget -= num_tokens
+        work.append(Work(demand.turn_id, num_tokens))
+    return work
+
+
+def _plan_admission(by_arrival: Sequence[Demand], num_holding: int, num_free: int, room: Room) -> tuple[str, ...]:
+    """In order of arrival, nobody overtakes; every turn that holds blocks keeps one free block to grow into."""
+    admit: list[str] = []
+    for demand in by_arrival:
+        if demand.phase is not Phase.QUEUED:
+            continue
+        needed = room.blocks_for(demand.num_tokens)
+        if num_holding >= room.max_running_turns or needed + num_holding > num_free:
+            break
+        num_free -= needed
+        num_holding += 1
+        admit.append(demand.turn_id)
+    return tuple(admit)

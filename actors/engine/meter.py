@@ -1,0 +1,32 @@
+"""How fast the engine is: counts and recent rates of its steps. The clock is the caller's."""
+
+from __future__ import annotations
+
+_SMOOTHING = 0.1  # weight of the newest step
+
+
+class Meter:
+    """Counts since the start, and rates as moving averages. A step counts for what most of its tokens were."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_prefill_tokens = 0
+        self.num_decode_tokens = 0
+        self.prefill_tokens_per_s = 0.0
+        self.decode_tokens_per_s = 0.0
+        self.step_s = 0.0
+
+    def record(self, num_prefill_tokens: int, num_decode_tokens: int, duration_s: float) -> None:
+        self.num_steps += 1
+        self.num_prefill_tokens += num_prefill_tokens
+        self.num_decode_tokens += num_decode_tokens
+        duration_s = max(duration_s, 1e-9)
+        self.step_s = _smooth(self.step_s, duration_s)
+        if num_prefill_tokens > num_decode_tokens:
+            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, num_prefill_tokens / duration_s)
+        else:
+            self.decode_tokens_per_s = _smooth(self.decode_tokens_per_s, num_decode_tokens / duration_s)
+
+
+def _smooth(old: float, new: float) -> float:
+    return new if old == 0.0 else old + _SMOOTHING * (new - old)

@@ -1,0 +1,185 @@
+"""Rotary position embedding as one thing: a permutation of channels and a complex multiply.
+
+Keys and queries are brought into paired order (the two channels of a rotary pair adjacent, the channels that do not
+rotate behind them); the same permutation on both leaves every score as it was. In that order the rotation by position p
+is a multiply by phase(p), a complex number per pair, done in float32. The store and the block pool use this order.
+
+Shapes: T tokens, H heads, D head dim, d rotary dim (even, d <= D).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from actors.engine.hooks import IdentityRotary
+
+_MIN_TABLE = 256
+_PARALLEL_FROM = 32_768  # torch splits an elementwise operation among threads from this many elements on
+_SIMD_LANES = 8  # complex64 numbers in the widest vector register
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLayout:
+    """Which channels of a head rotate, and which two are a pair."""
+
+    kind: Literal["half", "interleaved"]
+    """half: channel i pairs with i + d/2; interleaved: 2i with 2i + 1."""
+    place: Literal["leading", "trailing"]
+    rotary_dim: int
+    head_dim: int
+
+    def permutation(self) -> list[int]:
+        """The raw channel at each place of the paired order."""
+        d = self.rotary_dim
+        first = 0 if self.place == "leading" else self.head_dim - d
+        if self.kind == "half":
+            pairs = [first + i // 2 + (i % 2) * (d // 2) for i in range(d)]
+        else:
+            pairs = list(range(first, first + d))
+        return pairs + [i for i in range(self.head_dim) if not first <= i < first + d]
+
+
+PhaseForm = Literal["first_half", "every_second", "as_is"]
+"""How a model writes its table: [cos, cos] side by side, every value twice, or one value per pair."""
+
+
+def module_phases(rotary: IdentityRotary, layer_type: str | None, positions: Tensor, form: PhaseForm) -> Tensor | None:
+    """The model's own table at `positions` [T] as complex64 [T, d/2] on the CPU; None where it is not of that form."""
+    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=positions.device)
+    out = rotary.true_rotation(x, positions[None], *(() if layer_type is None else (layer_type,)))
+    if torch.is_tensor(out):
+        cos, sin = out.real, out.imag
+    else:
+        cos, sin = out
+    cos, sin = (part.reshape(-1, part.shape[-1]).float().cpu() for part in (cos, sin))
+    if cos.shape[0] != positions.shape[0]:
+        return None
+    if form != "as_is":
+        if cos.shape[-1] % 2:
+            return None
+        keep = slice(0, cos.shape[-1] // 2) if form == "first_half" else slice(0, None, 2)
+        cos, sin = cos[:, keep], sin[:, keep]
+    return torch.complex(cos.contiguous(), sin.contiguous())
+
+
+def layer_types(rotary: IdentityRotary) -> list[str | None]:
+    """The kinds of layer a rotary module has a table for; [None] where it has only one."""
+    original: Any = rotary.original
+    if "layer_type" not in inspect.signature(original.forward).parameters:
+        return [None]
+    known = getattr(original, "layer_types", None) or list(getattr(original, "rope_type", None) or ())
+    return [kind for kind in known if hasattr(original, f"{kind}_inv_freq")] or [None]
+
+
+class PhaseTable:
+    """Phases of the positions 0, 1, 2, …, grown when a longer prefix is asked for. Safe to use from several threads.
+
+    Angles are computed in float64 from the model's inverse frequencies (float32 angles drift beyond about 10,000
+    tokens), after checking that this reproduces the model's own table; where it does not, that table is used.
+    """
+
+    def __init__(self, rotary: IdentityRotary, layer_type: str | None, form: PhaseForm) -> None:
+        self._rotary, self._layer_type, self._form = rotary, layer_type, form
+        self._device = next((b.device for b in rotary.original.buffers()), torch.device("cpu"))
+        self._inv_freq: Tensor | None = None
+        self._scale = 1.0
+        self._find_frequencies(rotary.original, f"{layer_type}_" if layer_type else "")
+        self._table = torch.empty(0, 0, dtype=torch.complex64)
+        self._lock = Lock()
+
+    def _find_frequencies(self, original: nn.Module, prefix: str) -> None:
+        positions = torch.tensor([0, 1, 2, 3, 5, 8, 13, 21, 34], device=self._device)
+        own = module_phases(self._rotary, self._layer_type, positions, self._form)  # also pins length-dependent ones
+        inv_freq = getattr(original, f"{prefix}inv_freq", None)
+        scale = getattr(original, f"{prefix}attention_scaling", getattr(original, "attention_scaling", 1.0))
+        if own is None or not torch.is_tensor(inv_freq) or inv_freq.shape != own.shape[1:]:
+            return
+        exact = _exact_phases(positions.cpu(), inv_freq.double().cpu(), float(scale))
+        if torch.allclose(torch.view_as_real(exact), torch.view_as_real(own), atol=1e-4):
+            self._inv_freq, self._scale = inv_freq.double().cpu(), float(scale)
+
+    def upto(self, num_positions: int) -> Tensor:
+        """complex64 [>= num_positions, d/2] on the model's device; row p is the phase of position p."""
+        if self._table.shape[0] < num_positions:
+            with self._lock:
+                if self._table.shape[0] < num_positions:
+                    self._grow(max(num_positions, 2 * self._table.shape[0], _MIN_TABLE))
+        return self._table
+
+    def _grow(self, num_positions: int) -> None:
+        old = self._table.shape[0]
+        positions = torch.arange(old, num_positions)
+        if self._inv_freq is not None:
+            more = _exact_phases(positions, self._inv_freq, self._scale)
+        else:
+            own = module_phases(self._rotary, self._layer_type, positions.to(self._device), self._form)
+            assert own is not None, "the probe has seen this table in this form"
+            more = own
+        more = more.to(self._device)
+        self._table = more if old == 0 else torch.cat((self._table, more))
+
+
+def _exact_phases(positions: Tensor, inv_freq: Tensor, scale: float) -> Tensor:
+    angles = positions.double()[:, None] * inv_freq[None]
+    return torch.complex((angles.cos() * scale).float(), (angles.sin() * scale).float())
+
+
+class Rotation:
+    """How one layer rotates: its channel layout and its phases."""
+
+    def __init__(self, layout: PairLayout, table: PhaseTable, device: torch.device | str = "cpu") -> None:
+        self.layout, self.table = layout, table
+        order = layout.permutation()
+        self._order = None if order == list(range(layout.head_dim)) else torch.tensor(order, device=device)
+
+    def pair(self, x: Tensor) -> Tensor:
+        """[..., D] in the model's channel order -> paired order (the same tensor where the two are equal)."""
+        if self._order is None:
+            return x
+        if self.layout.kind == "half" and self.layout.rotary_dim == self.layout.head_dim:
+            return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return x.index_select(-1, self._order)
+
+    def phases(self, positions: Tensor, num_positions: int) -> Tensor:
+        """Phases [T, d/2] of `positions` [T], all below `num_positions`."""
+        return self.table.upto(num_positions).index_select(0, positions)
+
+    def rotate(self, x: Tensor, phases: Tensor) -> Tensor:
+        """Paired x [T, H, D] by phases [T, d/2]: a new tensor of x's type; the arithmetic is float32.
+
+        The result of one element does not depend on the shape it was computed in or on the number of threads: a key
+        that is loaded and rotated has the same bits as one that was rotated when it was computed.
+        """
+        d = self.layout.rotary_dim
+        turned = x[..., :d].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        _multiply_pairs(turned, phases)
+        if d == self.layout.head_dim:
+            return turned.to(x.dtype)
+        return torch.cat((turned.to(x.dtype), x[..., d:]), dim=-1)
+
+
+def _multiply_pairs(x: Tensor, phases: Tensor) -> None:
+    """In place: float32 x [T, H, d], contiguous and paired, by complex64 phases [T, d/2].
+
+    torch's complex multiply rounds differently (fused or not) in vector registers and in the scalar rest of a loop, and
+    where the rest falls depends on how threads split the work. On a CPU it is therefore given whole rows of whole
+    registers, few enough to stay on one thread; rows that do not fill registers take real arithmetic.
+    """
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    factors = phases[:, None]
+    if x.device.type != "cpu":
+        pairs.mul_(factors)
+    elif phases.shape[-1] % _SIMD_LANES:
+        real, imag = x[..., 0::2].clone(), x[..., 1::2].clone()
+        x[..., 0::2] = real * factors.real - imag * factors.imag
+        x[..., 1::2] = real * factors.imag + imag * factors.real
+    else:
+        rows = max(1, (_PARALLEL_FROM - 1) // (pairs.shape[1] * pairs.shape[2]))
+        for start in range(0, x.shape[0], rows):
+            pairs[start : start + rows].mul_(factors[start : start + rows])

@@ -1,0 +1,265 @@
+"""From logits to the next token of every row of a batch.
+
+The order of the filters and their meaning are those of transformers' `generate`: repetition penalty, ban of end
+tokens (`min_new_tokens`), temperature, top-k, top-p, min-p. Log-probabilities are the model's own, before all of that.
+
+Randomness is counter-based: the uniform number of a draw is a hash of (seed, num_generated). It does not depend on the
+batch, on earlier draws or on the process: a turn that was preempted, moved or re-batched goes on with the same tokens.
+
+This file does not know when a turn ends: it bans end tokens where asked, it does not act on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class LogitsError(RuntimeError):
+    """The model gave logits no token can be chosen from. `rows` are their batch indices; the other rows are sound."""
+
+    def __init__(self, rows: Sequence[int], reason: str) -> None:
+        super().__init__(f"no token can be chosen for batch row(s) {list(rows)}: {reason}")
+        self.rows = tuple(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a turn's tokens are chosen and when it must end. Checked at the door."""
+
+    temperature: float = 0.0
+    """0 is greedy; otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities reach this sum; 1 keeps all."""
+    top_k: int = 0
+    """Keep this many most likely tokens (and ties with the last of them); 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the answer so far become less likely; 1 is off."""
+    seed: int | None = None
+    """The same seed draws the same tokens; None takes the row's fallback seed."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's end tokens."""
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """No end token (eos, unless ignored, and stop_token_ids) is chosen before this many."""
+    logprobs: int | None = None
+    """None is off, 0 the chosen token's log-probability, n those of the n likeliest as well."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0.0, math.inf, "0 is greedy, 0.7 is usual")
+        _check_number("top_p", self.top_p, 0.0, 1.0, "1 switches it off")
+        _check_number("min_p", self.min_p, 0.0, 1.0, "0 switches it off")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "1 switches it off")
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            raise ValueError("top_p and repetition_penalty must be above 0; 1 switches them off")
+        _check_count("top_k", self.top_k, 0, "0 switches it off")
+        _check_count("max_new_tokens", self.max_new_tokens, 1, "a turn generates at least one token")
+        _check_count("min_new_tokens", self.min_new_tokens, 0, "0 switches it off")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens}): lower the one"
+                " or raise the other"
+            )
+        if self.logprobs is not None:
+            _check_count("logprobs", self.logprobs, 0, "None switches it off, 0 gives the chosen token only")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"seed must be a whole number or None, not {self.seed!r}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
+        ids = self.stop_token_ids
+        if not isinstance(ids, tuple) or not all(isinstance(t, int) and t >= 0 for t in ids):
+            raise ValueError(f"stop_token_ids must be a tuple of token ids, not {ids!r}")
+
+
+def _check_number(name: str, value: float, low: float, high: float, advice: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r} ({advice})")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r} ({advice})")
+
+
+def _check_count(name: str, value: int, low: int, advice: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, not {value!r} ({advice})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRow:
+    """What one row of the batch brings to the choice of its next token."""
+
+    params: SamplingParams
+    token_ids: Sequence[int]
+    """Prompt and answer so far; read for the repetition penalty only."""
+    num_prompt: int
+    num_generated: int
+    """Tokens of this answer so far, those of earlier attempts included: the counter of the draw."""
+    eos_token_ids: Sequence[int] = ()
+    fallback_seed: int
+    """Used when `params.seed` is None. Must stay the same for the whole turn: `seed_of(turn_id)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """One chosen token. `top_logprobs` are (token id, log-probability), likeliest first."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def seed_of(turn_id: str) -> int:
+    """A seed for turns without one: as different as their ids, and the same again when a turn is tried again."""
+    return int.from_bytes(hashlib.sha256(turn_id.encode()).digest()[:8], "big")
+
+
+def uniform(seed: int, counter: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments (53 random bits)."""
+    digest = hashlib.sha256(f"{seed}/{counter}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """Chooses one token per row. `logits` is [batch, vocab], any float type, any device; it is not changed.
+
+    A batch of plain greedy rows costs one argmax; equal logits go to the lowest id. Raises LogitsError where a row has
+    a NaN, a +inf or nothing above -inf (a single -inf is a masked token and fine).
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(rows):
+        raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} rows: expected [rows, vocab]")
+    if not rows:
+        return []
+    tops, best = logits.max(dim=-1)  # a NaN anywhere in a row becomes its maximum
+    packed = torch.stack([tops.double(), best.double()]).tolist()  # one transfer from the device
+    _raise_bad(packed[0], range(len(rows)), "NaN, +inf or only -inf in its logits (weights, overflow or corrupt KV)")
+    chosen = [int(token_id) for token_id in packed[1]]
+    special = [i for i, row in enumerate(rows) if _changes_logits(row)]
+    if special:
+        for i, token_id in zip(special, _choose(logits[special], [rows[i] for i in special], special)):
+            chosen[i] = token_id
+    return _with_logprobs(logits, rows, chosen)
+
+
+def _changes_logits(row: SamplingRow) -> bool:
+    """Whether the row is more than the argmax of its raw logits."""
+    params = row.params
+    return params.temperature > 0 or params.repetition_penalty != 1.0 or bool(_banned(row))
+
+
+def _banned(row: SamplingRow) -> set[int]:
+    """Tokens that may not be chosen yet, because they would end the turn before min_new_tokens."""
+    if row.num_generated >= row.params.min_new_tokens:
+        return set()
+    eos = () if row.params.ignore_eos else row.eos_token_ids
+    return {*eos, *row.params.stop_token_ids}
+
+
+def _raise_bad(tops: Sequence[float], batch_rows: Sequence[int], reason: str) -> None:
+    bad = [i for i, top in zip(batch_rows, tops) if not math.isfinite(top)]
+    if bad:
+        raise LogitsError(bad, reason)
+
+
+def _choose(logits: Tensor, rows: Sequence[SamplingRow], batch_rows: Sequence[int]) -> list[int]:
+    """The full way, for rows that are not plain greedy. `batch_rows` are their indices in the batch, for errors."""
+    scores = logits.to(torch.float32, copy=True)
+    _penalise_repetition(scores, rows)
+    _ban(scores, rows)
+    tops, best = scores.max(dim=-1)
+    chosen = best.tolist()
+    _raise_bad(tops.tolist(), batch_rows, "every token is banned (min_new_tokens with these stop_token_ids)")
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if drawn:
+        drawn_rows = [rows[i] for i in drawn]
+        shifted = scores[drawn] - tops[drawn, None]  # the maximum is 0: no temperature can overflow it
+        temperatures = [max(row.params.temperature, 1e-30) for row in drawn_rows]  # smaller ones are 0 in float32
+        kept = _filter(shifted / _column(shifted, temperatures), drawn_rows)
+        for i, token_id in zip(drawn, _draw(kept, drawn_rows)):
+            chosen[i] = token_id
+    return chosen
+
+
+def _penalise_repetition(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """In place. Scores above 0 are divided by the penalty, others multiplied (CTRL, Keskar et al. 2019)."""
+    vocab = scores.shape[1]
+    for i, row in enumerate(rows):
+        penalty = row.params.repetition_penalty
+        if penalty != 1.0:
+            seen = torch.tensor([t for t in set(row.token_ids) if 0 <= t < vocab], dtype=torch.long).to(scores.device)
+            seen_scores = scores[i, seen]
+            scores[i, seen] = torch.where(seen_scores < 0, seen_scores * penalty, seen_scores / penalty)
+
+
+def _ban(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
+    pairs = [(i, t) for i, row in enumerate(rows) for t in sorted(_banned(row)) if t < scores.shape[1]]
+    if pairs:
+        index = torch.tensor(pairs).to(scores.device)
+        scores[index[:, 0], index[:, 1]] = -math.inf
+
+
+def _filter(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Removes (to -inf) what top-k, top-p and min-p remove. `scores` [rows, vocab] have their maximum at 0."""
+    vocab = scores.shape[1]
+    top_k = [min(row.params.top_k, vocab) or vocab for row in rows]
+    limited = [k for k in top_k if k < vocab]
+    if limited:
+        best = scores.topk(max(limited), dim=-1).values
+        last_kept = [min(k, best.shape[1]) - 1 for k in top_k]
+        threshold = best.gather(1, torch.tensor(last_kept).to(scores.device)[:, None])
+        off = torch.tensor([k >= vocab for k in top_k]).to(scores.device)[:, None]
+        scores = scores.masked_fill((scores < threshold) & ~off, -math.inf)
+    if any(row.params.top_p < 1 for row in rows):
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)  # equal scores: lowest id first
+        probs = ordered.double().softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs
+        top_p = _column(before, [row.params.top_p if row.params.top_p < 1 else math.inf for row in rows])
+        remove = before >= top_p
+        remove[:, 0] = False
+        scores = scores.masked_fill(torch.zeros_like(remove).scatter(1, order, remove), -math.inf)
+    if any(row.params.min_p > 0 for row in rows):
+        logs = [math.log(row.params.min_p) if row.params.min_p > 0 else -math.inf for row in rows]
+        scores = scores.masked_fill(scores < _column(scores, logs), -math.inf)
+    return scores
+
+
+def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Inverts the cumulative distribution at each row's uniform number. Never draws a removed token."""
+    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    seeds = [row.params.seed if row.params.seed is not None else row.fallback_seed for row in rows]
+    numbers = _column(cumulative, [uniform(seed, row.num_generated) for seed, row in zip(seeds, rows)])
+    total = cumulative[:, -1:]
+    target = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
+    # the first token whose cumulative probability exceeds the target: one of probability 0 never does
+    picks: list[int] = torch.searchsorted(cumulative, target, right=True)[:, 0].tolist()
+    return picks
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    """[rows, 1] of `like`'s type and device."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device)[:, None]
+
+
+def _with_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int]) -> list[SampledToken]:
+    tokens = [SampledToken(token_id=token_id) for token_id in chosen]
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return tokens
+    logprobs = logits[asked].float().log_softmax(dim=-1)
+    picked = torch.tensor([chosen[i] for i in asked]).to(logits.device)[:, None]
+    of_chosen = logprobs.gather(1, picked)[:, 0].tolist()
+    num_top = min(max(rows[i].params.logprobs or 0 for i in asked), logits.shape[1])
+    values, ids = (part.tolist() for part in logprobs.topk(num_top, dim=-1))
+    for j, i in enumerate(asked):
+        top = sorted(zip(ids[j], values[j]), key=lambda pair: (-pair[1], pair[0]))[: rows[i].params.logprobs]
+        tokens[i] = SampledToken(token_id=chosen[i], logprob=of_chosen[j], top_logprobs=tuple(top))
+    return tokens

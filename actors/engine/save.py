@@ -1,0 +1,221 @@
+"""From the forward to a chunk on offer: WriteBuffer (raw keys as they are computed), Saver (encodes), ReadyChunks.
+
+    forward ── raw K, one scatter per layer ──> WriteBuffer slot ─┐
+                                                                  ├─ saver thread: encode ──> ReadyChunks ── take_chunk
+    KVPool blocks (V, held until copied) ─────────────────────────┘
+
+Values are not captured: they lie in the pool as they are. Saving never waits and is never waited for: without a free
+slot a chunk is not captured, without room on offer the newest chunk is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from actors.engine.blocks import KVPool
+from actors.engine.sequence import ChunkSpan
+from actors.engine.turns import ReadyChunk
+from storage.format import ChunkHeader, LayerShape, encode
+
+log = logging.getLogger(__name__)
+
+
+class WriteBuffer:
+    """Slots of `chunk_tokens` raw, paired keys per layer. The slot ids belong to the engine's thread."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_slots: int,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_slots, self.chunk_tokens = num_slots, chunk_tokens
+        self._free = list(range(num_slots - 1, -1, -1))
+        # One row more than the slots need: tokens that nobody saves go there, so that one scatter serves all.
+        self._keys = [
+            torch.zeros(num_slots * chunk_tokens + 1, shape.num_kv_heads, shape.k_dim, dtype=dtype, device=device)
+            for shape in layers
+        ]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def unsaved_row(self) -> int:
+        return self.num_slots * self.chunk_tokens
+
+    def take(self) -> int | None:
+        return self._free.pop() if self._free else None
+
+    def release(self, slot: int) -> None:
+        if slot in self._free:
+            raise ValueError(f"write-buffer slot {slot} is free already")
+        self._free.append(slot)
+
+    def row(self, slot: int, offset: int) -> int:
+        return slot * self.chunk_tokens + offset
+
+    def capture(self, layer: int, rows: Tensor, keys: Tensor) -> None:
+        """Raw paired keys [T, H, D] to `rows` [T] (on the buffer's device)."""
+        self._keys[layer].index_copy_(0, rows, keys)
+
+    def put(self, layer: int, slot: int, keys: Tensor) -> None:
+        """The slot's first tokens: raw paired keys [n, H, D]."""
+        first = self.row(slot, 0)
+        self._keys[layer][first : first + keys.shape[0]].copy_(keys)
+
+    def get(self, layer: int, slot: int, num_tokens: int) -> Tensor:
+        """View [num_tokens, H, D] of the slot's first tokens."""
+        first = self.row(slot, 0)
+        return self._keys[layer][first : first + num_tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveJob:
+    """A chunk to encode. Its slot and blocks are held until the future is done."""
+
+    turn_id: str
+    root: str
+    span: ChunkSpan
+    slot: int
+    blocks: tuple[int, ...]
+    rows: Tensor
+    """Pool rows (CPU) of the chunk's tokens."""
+
+
+class ReadyChunks:
+    """Encoded chunks on offer. Thread-safe; at most `limit` at a time, further ones are dropped."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.num_dropped = 0
+        self._lock = Lock()
+        self._data: dict[str, npt.NDArray[np.uint8]] = {}
+        self._news: list[ReadyChunk] = []
+
+    def offer(self, chunk: ReadyChunk, data: npt.NDArray[np.uint8]) -> bool:
+        """False if there was no room. The same key twice is one offer."""
+        with self._lock:
+            if chunk.header.key in self._data:
+                return True
+            if len(self._data) >= self.limit:
+                self.num_dropped += 1
+                return False
+            self._data[chunk.header.key] = data
+            self._news.append(chunk)
+            return True
+
+    def news(self) -> list[ReadyChunk]:
+        """What was offered since the last call and is still here."""
+        with self._lock:
+            news, self._news = self._news, []
+            return [chunk for chunk in news if chunk.header.key in self._data]
+
+    def take(self, key: str) -> npt.NDArray[np.uint8]:
+        """The chunk's bytes; they leave the buffer. KeyError if they are not here."""
+        with self._lock:
+            return self._data.pop(key)
+
+    def drop(self, key: str) -> None:
+        """Forgets a chunk; unknown keys are fine."""
+        with self._lock:
+            self._data.pop(key, None)
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            return key in self._data
+
+    @property
+    def num_chunks(self) -> int:
+        with self._lock:
+            return len(self._data)
+
+    @property
+    def num_bytes(self) -> int:
+        with self._lock:
+            return sum(data.nbytes for data in self._data.values())
+
+
+class Saver:
+    """One thread that turns captured chunks into bytes, in the order they were handed over."""
+
+    def __init__(
+        self,
+        pool: KVPool,
+        buffer: WriteBuffer,
+        ready: ReadyChunks,
+        layers: tuple[LayerShape, ...],
+        dtype_name: str,
+        wake: Callable[[], None],
+    ) -> None:
+        self._pool, self._buffer, self._ready = pool, buffer, ready
+        self._layers, self._dtype_name, self._wake = layers, dtype_name, wake
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
+        self._running: list[tuple[SaveJob, Future[None]]] = []
+
+    def submit(self, job: SaveJob) -> None:
+        future = self._executor.submit(self._save, job)
+        self._running.append((job, future))
+        future.add_done_callback(lambda _: self._wake())
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def settled(self) -> list[SaveJob]:
+        """Jobs that are over since the last call: what they held may go. A failed one has left a line in the log."""
+        done = [(job, future) for job, future in self._running if future.done()]
+        self._running = [(job, future) for job, future in self._running if not future.done()]
+        for job, future in done:
+            error = future.exception()
+            if error is not None:
+                log.error("chunk %s of turn %s was not saved", job.span.key, job.turn_id, exc_info=error)
+        return [job for job, _ in done]
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+    def _save(self, job: SaveJob) -> None:
+        if job.span.key in self._ready:
+            return
+        header = ChunkHeader(
+            key=job.span.key,
+            parent=job.span.parent,
+            root=job.root,
+            start=job.span.start,
+            token_ids=job.span.token_ids,
+            marks=job.span.marks,
+            dtype=self._dtype_name,
+            layers=self._layers,
+        )
+        with torch.inference_mode():
+            rows = job.rows.to(self._pool.device)
+            arrays = [self._layer_arrays(layer, job, rows) for layer in range(len(self._layers))]
+        data = encode(header, arrays)
+        self._ready.offer(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=data.nbytes), data)
+
+    def _layer_arrays(self, layer: int, job: SaveJob, rows: Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        keys = self._buffer.get(layer, job.slot, len(job.span.token_ids))
+        values = self._pool.read_values(layer, rows)
+        return _to_numpy(keys.transpose(0, 1)), _to_numpy(values.transpose(0, 1))
+
+
+def _to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """As numpy on the CPU (a view where it is there already); 16-bit floats as uint16 bit patterns."""
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.float32:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(np.uint16)

@@ -1,0 +1,220 @@
+"""A turn inside the engine: its tokens, how far they are computed, what it holds, and the states it goes through.
+
+    QUEUED ──> RESTORING ──> WAITING ──> RUNNING ──> FINISHED
+       └───────────────────────^            any state ──^
+
+This file decides nothing and touches no tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from actors.engine.batching import Demand, Phase
+from actors.engine.blocks import BlockTable
+from actors.engine.sampling import SamplingRow, seed_of
+from actors.engine.text import TextStream
+from actors.engine.turns import FinishReason, Request, RestoreSource
+from storage.keys import chain
+
+
+class SequenceState(StrEnum):
+    QUEUED = "queued"
+    """Holds nothing; its blocks are not free yet."""
+    RESTORING = "restoring"
+    """Holds its blocks; a loader writes into them."""
+    WAITING = "waiting"
+    """What could be restored is in place; no forward has seen it yet."""
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+MOVES = {
+    SequenceState.QUEUED: {SequenceState.RESTORING, SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.RESTORING: {SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
+    SequenceState.RUNNING: {SequenceState.FINISHED},
+    SequenceState.FINISHED: set(),
+}
+
+_PHASES = {
+    SequenceState.QUEUED: Phase.QUEUED,
+    SequenceState.RESTORING: Phase.LOADING,
+    SequenceState.WAITING: Phase.COMPUTING,
+    SequenceState.RUNNING: Phase.COMPUTING,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkSpan:
+    """Identity of the tokens [start, start + len(token_ids)) of a turn as a chunk."""
+
+    start: int
+    token_ids: tuple[int, ...]
+    parent: str | None
+    marks: tuple[tuple[int, str], ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def key(self) -> str:
+        return self.marks[-1][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The part of a source that this turn wants, and what must be in it."""
+
+    source: RestoreSource
+    token_ids: tuple[int, ...]
+    """At most source.num_tokens: the last token of a prompt is always computed, for its logits."""
+    parent: str | None
+    """Key of the prefix in front of the chunk."""
+
+    @property
+    def start(self) -> int:
+        return self.source.start
+
+    @property
+    def end(self) -> int:
+        return self.source.start + len(self.token_ids)
+
+
+class Sequence:
+    """One turn. Owned by the engine's thread."""
+
+    def __init__(self, request: Request, arrival: int, table: BlockTable, chunk_tokens: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.table = table
+        self.chunk_tokens = chunk_tokens
+        self.token_ids = list(request.token_ids)
+        self.num_computed = 0
+        self.state = SequenceState.QUEUED
+        self.added_at = time.monotonic()
+        self.admitted_at = self.added_at
+        self.text: TextStream | None = None
+        """Set for turns that have stop strings."""
+        self.slots: dict[int, int] = {}
+        """Write-buffer slot of each open chunk, by chunk index."""
+        self.saving = request.save
+        """False once a chunk could not be captured: what follows it could never be reached."""
+        self.known_keys: set[str] = set()
+        """Prefixes that the store holds, as the restored chunks' marks say: not offered again."""
+        self.cuts: set[int] = {*request.cuts, request.num_prompt}
+        self._keys = [request.root]  # key of [0, i * chunk_tokens)
+
+    @property
+    def turn_id(self) -> str:
+        return self.request.turn_id
+
+    def move_to(self, state: SequenceState) -> None:
+        if state not in MOVES[self.state]:
+            raise AssertionError(f"turn {self.turn_id} cannot go from {self.state} to {state}")
+        self.state = state
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Those of earlier attempts included."""
+        return self.num_tokens - self.request.num_prompt
+
+    def demand(self) -> Demand:
+        return Demand(
+            turn_id=self.turn_id,
+            arrival=self.arrival,
+            phase=_PHASES[self.state],
+            num_tokens=self.num_tokens,
+            num_computed=self.num_computed,
+            num_blocks=len(self.table.blocks),
+        )
+
+    @cached_property
+    def _fallback_seed(self) -> int:
+        return seed_of(self.turn_id)
+
+    def push(self, token_id: int) -> None:
+        """A token was sampled."""
+        self.token_ids.append(token_id)
+        self._read(token_id, self.num_generated)
+
+    def open_text(self, tokenizer: Any) -> None:
+        """Starts looking for stop strings, in what an earlier attempt generated as well."""
+        if self.request.sampling.stop:
+            self.text = TextStream(tokenizer, self.request.sampling.stop)
+            for i in range(self.request.num_prompt, self.num_tokens):
+                self._read(self.token_ids[i], i + 1 - self.request.num_prompt)
+
+    def _read(self, token_id: int, num_generated: int) -> None:
+        if self.text is not None and num_generated >= self.request.sampling.min_new_tokens:
+            self.text.push(token_id)
+
+    def adopt(self, num_tokens: int, marks: Iterable[tuple[int, str]]) -> None:
+        """The tokens [0, num_tokens) were restored, from chunks with these marks."""
+        self.num_computed = num_tokens
+        self.known_keys.update(key for _, key in marks)
+        self.cuts.update(end for end, _ in marks if end <= num_tokens)
+
+    def sampling_row(self, eos_token_ids: tuple[int, ...]) -> SamplingRow:
+        return SamplingRow(
+            params=self.request.sampling,
+            token_ids=self.token_ids,
+            num_prompt=self.request.num_prompt,
+            num_generated=self.num_generated,
+            eos_token_ids=eos_token_ids,
+            fallback_seed=self._fallback_seed,
+        )
+
+    def finish_reason(self, eos_token_ids: tuple[int, ...], max_tokens: int) -> FinishReason | None:
+        """Whether the turn ends with its last token. `max_tokens`: prompt and answer together."""
+        params, last = self.request.sampling, self.token_ids[-1]
+        may_stop = self.num_generated >= params.min_new_tokens
+        if may_stop and (last in params.stop_token_ids or (last in eos_token_ids and not params.ignore_eos)):
+            return FinishReason.STOP
+        if may_stop and self.text is not None and self.text.stopped:
+            return FinishReason.STOP
+        if self.num_generated >= params.max_new_tokens or self.num_tokens >= max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def chunk_span(self, index: int, end: int) -> ChunkSpan:
+        """Chunk `index` up to the token `end` (exclusive), with a mark at every cut inside."""
+        start = index * self.chunk_tokens
+        parent = self._key_before(index)
+        tokens = tuple(self.token_ids[start:end])
+        cuts = [cut - start for cut in self.cuts if start < cut < end]
+        marks = chain(parent, tokens, self.chunk_tokens, cuts)
+        return ChunkSpan(
+            start=start,
+            token_ids=tokens,
+            parent=parent if index else None,
+            marks=tuple((start + offset, key) for offset, key in marks),
+        )
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """What can be restored: all sources, except that the last token is always computed, for its logits."""
+        pieces = []
+        for source in self.request.restore:
+            tokens = tuple(self.token_ids[source.start : min(source.end, self.num_tokens - 1)])
+            if tokens:
+                index = source.start // self.chunk_tokens
+                parent = self._key_before(index) if index else None
+                pieces.append(Piece(source=source, token_ids=tokens, parent=parent))
+        return tuple(pieces)
+
+    def _key_before(self, index: int) -> str:
+        """Key of the prefix in front of chunk `index`."""
+        for i in range(len(self._keys) - 1, index):
+            tokens = self.token_ids[i * self.chunk_tokens : (i + 1) * self.chunk_tokens]
+            self._keys.append(chain(self._keys[-1], tokens, self.chunk_tokens)[-1][1])
+        return self._keys[index]

@@ -1,0 +1,240 @@
+"""The replica: the asynchronous front of one copy of the model.
+
+It takes a dispatched turn, hands the shard the references its plan names, turns token ids into text, streams them to
+the client and keeps the account of each prompt token. Its shard lives and dies with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.account import failed_steps, settle
+from actors.engine.loading import load_tokenizer
+from actors.engine.text import TextStream
+from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
+from actors.heartbeat import keep_joined
+from actors.node_store import chunk_info
+from actors.shard import Harvest, ModelInfo, Shard, ShardPlan
+from actors.wire import Delta, Piece, TurnAccount, TurnEnd, TurnRequest
+from policies import messages as m
+
+log = logging.getLogger(__name__)
+
+SHARD_GROUPS = {"control": 2, "outputs": 1, "io": 2}
+REMEMBERED_TURNS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaPlan:
+    """What a replica needs to know at birth."""
+
+    shard: ShardPlan
+    num_cpus: float
+    num_gpus: float
+    env_vars: dict[str, str]
+    heartbeat_s: float
+
+
+@dataclass(slots=True)
+class _Running:
+    request: TurnRequest
+    plan: m.RestorePlan
+    outputs: asyncio.Queue[TurnOutput]
+    account: TurnAccount
+
+
+class Replica:
+    """Plain class, made where an event loop runs; becomes an async actor in cluster/bringup.py. Ray may start it anew
+    at any time: it loads its model and joins by itself."""
+
+    def __init__(
+        self, replica_id: m.ReplicaId, plan: ReplicaPlan, scheduler: Any, store: Any, node_id: m.NodeId
+    ) -> None:
+        self.replica_id = replica_id
+        self._node_id = node_id
+        self._plan = plan
+        self._scheduler = scheduler
+        self._store = store
+        self._shard = create_shard(plan)
+        self._tokenizer = load_tokenizer(plan.shard.engine.model)
+        self._running: dict[m.TurnId, _Running] = {}
+        self._sessions: OrderedDict[m.TurnId, m.SessionId] = OrderedDict()  # of recent turns: their chunks come later
+        self._background: list[asyncio.Task[None]] = []
+        self._started = asyncio.get_running_loop().create_task(self._start())
+
+    async def ready(self) -> ModelInfo:
+        """Returns when this replica takes turns. Raises what its model could not do."""
+        return await self._started
+
+    async def _start(self) -> ModelInfo:
+        info: ModelInfo = await self._shard.info.remote()
+        loop = asyncio.get_running_loop()
+        self._background = [
+            loop.create_task(self._deliver()),
+            loop.create_task(
+                keep_joined(self._scheduler, self.replica_id, lambda: self._join(info), self._plan.heartbeat_s)
+            ),
+        ]
+        await self._join(info)
+        return info
+
+    async def _join(self, info: ModelInfo) -> None:
+        event = m.ReplicaReady(
+            replica_id=self.replica_id,
+            node_id=self._node_id,
+            max_running_turns=self._plan.shard.engine.max_running_turns,
+            max_running_tokens=info.kv_tokens,
+            prefill_tokens_per_s=info.prefill_tokens_per_s,
+        )
+        await self._scheduler.join_replica.remote(event, ray.get_runtime_context().current_actor, self._shard)
+
+    # --- one turn -----------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: TurnRequest, plan: m.RestorePlan) -> AsyncIterator[Piece]:
+        """Streams the turn's pieces; the last one is a TurnEnd. Leaving the stream early aborts the turn."""
+        running = _Running(request, plan, asyncio.Queue(), TurnAccount(recomputed=dict(plan.recomputed)))
+        self._running[request.turn_id] = running
+        self._remember(request)
+        done = False
+        try:
+            refs = await self._references(plan)
+            await self._shard.add.remote(request, plan.steps, refs)
+            text = self._text_stream(request)
+            while not done:
+                output = await running.outputs.get()
+                piece = await self._digest(running, output, text)
+                done = isinstance(piece, TurnEnd)
+                if done or (isinstance(piece, Delta) and piece.tokens):
+                    yield piece
+        except RayTaskError as error:  # the shard refused the turn
+            done = True
+            await self._tell(m.TurnFinished(turn_id=request.turn_id, replica_id=self.replica_id))
+            yield TurnEnd(finish_reason=FinishReason.FAILED, account=running.account, error=_last_line(error))
+        finally:
+            if self._running.get(request.turn_id) is running:
+                del self._running[request.turn_id]
+            if not done:
+                self._shard.abort.remote(request.turn_id)
+                self._scheduler.report.remote([m.TurnFinished(turn_id=request.turn_id, replica_id=self.replica_id)])
+
+    def _remember(self, request: TurnRequest) -> None:
+        self._sessions[request.turn_id] = request.session_id
+        while len(self._sessions) > REMEMBERED_TURNS:
+            self._sessions.popitem(last=False)
+
+    async def _references(self, plan: m.RestorePlan) -> list[Any]:
+        in_dram = [step.chunk for step in plan.steps if step.tier == m.Tier.DRAM]
+        if not in_dram:
+            return [None] * len(plan.steps)
+        refs = dict(zip(in_dram, await self._store.checkout.remote(in_dram)))
+        return [refs.get(step.chunk) for step in plan.steps]
+
+    def _text_stream(self, request: TurnRequest) -> TextStream:
+        """The answer's text, from its first token on even when an earlier attempt generated the beginning."""
+        text = TextStream(self._tokenizer, request.sampling.stop)
+        prior = request.token_ids[len(request.token_ids) - request.num_prior :]
+        for token_id in prior:
+            text.push(token_id)
+        return text
+
+    async def _digest(self, running: _Running, output: TurnOutput, text: TextStream) -> Piece:
+        if output.started is not None:
+            await self._turn_started(running, output.started)
+        pieces = "".join(text.push(token.token_id) for token in output.tokens)
+        if output.finish_reason is None:
+            return Delta(output.tokens, pieces)
+        await self._tell(m.TurnFinished(turn_id=running.request.turn_id, replica_id=self.replica_id))
+        rest = "" if output.finish_reason == FinishReason.PREEMPTED else text.finish()
+        return TurnEnd(
+            finish_reason=output.finish_reason,
+            account=running.account,
+            tokens=output.tokens,
+            text=pieces + rest,
+            num_tokens_kept=text.num_tokens_kept if text.stopped else None,
+            error=output.error or "",
+        )
+
+    async def _turn_started(self, running: _Running, started: StartInfo) -> None:
+        running.account = settle(running.plan, started)
+        lost = [
+            m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=cause)
+            for step, cause in failed_steps(running.plan, started)
+        ]
+        await self._tell(*lost, m.TurnStarted(turn_id=running.request.turn_id, replica_id=self.replica_id))
+
+    async def _tell(self, *events: m.Event) -> None:
+        await self._scheduler.report.remote(list(events))
+
+    # --- the shard's outputs ------------------------------------------------------------------------------------------
+
+    async def _deliver(self) -> None:
+        """Brings the shard's outputs to the turns that wait for them. New chunks are offered first: a session's next
+        turn must find them known. If the shard is gone, so is this replica; Ray starts both anew."""
+        try:
+            while True:
+                harvest: Harvest = await self._shard.harvest.remote()
+                await self._offer(harvest.chunks)
+                for output in harvest.outputs:
+                    running = self._running.get(output.turn_id)
+                    if running is not None:
+                        running.outputs.put_nowait(output)
+        except RayError:
+            log.exception("the shard is gone; this replica ends")
+            os._exit(1)
+
+    async def _offer(self, chunks: list[ReadyChunk]) -> None:
+        by_session: dict[str, list[m.ChunkInfo]] = {}
+        for chunk in chunks:
+            by_session.setdefault(self._sessions.get(chunk.turn_id, chunk.turn_id), []).append(
+                chunk_info(chunk.header, chunk.num_bytes)
+            )
+        events: list[m.Event] = [
+            m.ChunksReady(replica_id=self.replica_id, node_id=self._node_id, session_id=session_id, chunks=tuple(infos))
+            for session_id, infos in by_session.items()
+        ]
+        if events:
+            await self._tell(*events)
+
+    # --- the scheduler's commands -------------------------------------------------------------------------------------
+
+    async def cancel(self, turn_id: m.TurnId) -> None:
+        """Its stream ends with ABORTED; a turn that is not here (any more) is reported as over."""
+        if turn_id in self._running:
+            await self._shard.abort.remote(turn_id)
+        else:
+            await self._tell(m.TurnFinished(turn_id=turn_id, replica_id=self.replica_id))
+
+    async def drop_chunks(self, chunk_keys: tuple[m.ChunkKey, ...]) -> None:
+        await self._shard.drop_chunks.remote(chunk_keys)
+
+    async def stats(self) -> dict[str, Any]:
+        return {"replica_id": self.replica_id, **await self._shard.stats.remote()}
+
+
+def create_shard(plan: ReplicaPlan) -> Any:
+    """The shard's actor, on this process's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return (
+        ray.remote(concurrency_groups=SHARD_GROUPS)(Shard)
+        .options(
+            num_cpus=plan.num_cpus,
+            num_gpus=plan.num_gpus,
+            scheduling_strategy=here,
+            runtime_env={"env_vars": plan.env_vars},
+        )
+        .remote(plan.shard)
+    )
+
+
+def _last_line(error: RayTaskError) -> str:
+    return str(error.cause).splitlines()[0] if error.cause else str(error).splitlines()[-1]

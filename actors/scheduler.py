@@ -1,0 +1,198 @@
+"""The scheduler's Ray shell: feeds events to the pure scheduler, in order, and carries out what it says.
+
+It decides nothing and holds no KV: it knows handles of node stores and replicas, and the futures of clients that wait
+for their turn's dispatch. A command's outcome comes back as the next event. If this actor dies, Ray restarts it empty;
+node stores and replicas notice at their next heartbeat and register again, clients submit again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from policies.scheduler import Scheduler
+from ray.exceptions import RayActorError, RayError
+
+from policies import messages as m
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The answer to a submission: run it there, by this plan."""
+
+    dispatch: m.Dispatch
+    replica: Any  # actor handle
+
+
+@dataclass(slots=True)
+class _Member:
+    handle: Any
+    last_heard: float
+
+
+class SchedulerActor:
+    """Plain class; becomes an async actor in cluster/bringup.py."""
+
+    def __init__(
+        self, config: m.SchedulerConfig, silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._scheduler = Scheduler(config)
+        self._silence_s = silence_s
+        self._clock = clock
+        self._stores: dict[m.NodeId, _Member] = {}
+        self._replicas: dict[m.ReplicaId, _Member] = {}
+        self._exporters: dict[m.ReplicaId, Any] = {}  # shards, from which node stores pull new chunks
+        self._waiting: dict[m.TurnId, asyncio.Future[Assignment]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+
+    # --- members ------------------------------------------------------------------------------------------------------
+
+    async def join_node(self, event: m.NodeJoined, store: Any) -> None:
+        self._stores[event.node_id] = _Member(store, self._clock())
+        self._hear([event])
+
+    async def join_replica(self, event: m.ReplicaReady, replica: Any, exporter: Any) -> None:
+        self._replicas[event.replica_id] = _Member(replica, self._clock())
+        self._exporters[event.replica_id] = exporter
+        self._hear([event])
+
+    async def heartbeat(self, member_id: str) -> bool:
+        """False: this scheduler does not know the caller, which must join again."""
+        member = self._stores.get(member_id) or self._replicas.get(member_id)
+        if member is None:
+            return False
+        member.last_heard = self._clock()
+        return True
+
+    async def replica_lost(self, replica_id: m.ReplicaId) -> None:
+        """A client saw the replica die."""
+        self._lose_replica(replica_id)
+
+    # --- turns --------------------------------------------------------------------------------------------------------
+
+    async def submit(self, turn: m.Turn) -> Assignment:
+        """Returns when the turn may run. The same turn_id again replaces an earlier attempt."""
+        earlier = self._waiting.pop(turn.turn_id, None)
+        if earlier is not None:
+            earlier.cancel()
+        future: asyncio.Future[Assignment] = asyncio.get_running_loop().create_future()
+        self._waiting[turn.turn_id] = future
+        self._hear([m.TurnSubmitted(turn)])
+        try:
+            return await future
+        finally:
+            if self._waiting.get(turn.turn_id) is future:
+                del self._waiting[turn.turn_id]
+
+    async def cancel(self, turn_id: m.TurnId) -> None:
+        future = self._waiting.pop(turn_id, None)
+        if future is not None:
+            future.cancel()
+        self._hear([m.TurnCancelled(turn_id)])
+
+    async def report(self, events: list[m.Event]) -> None:
+        """Events from a replica or node store, in the order they happened."""
+        self._hear(events)
+
+    async def snapshot(self) -> dict[str, Any]:
+        return self._scheduler.snapshot()
+
+    async def check(self) -> None:
+        """Raises if the scheduler's indices contradict each other."""
+        self._scheduler.check()
+
+    # --- the loop: events in, commands out ----------------------------------------------------------------------------
+
+    def _hear(self, events: Iterable[m.Event]) -> None:
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        for event in events:
+            for command in self._scheduler.handle(event, self._clock()):
+                self._do(command)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._clock()
+            for node_id in [i for i, member in self._stores.items() if now - member.last_heard > self._silence_s]:
+                self._lose_node(node_id)
+            for replica_id in [i for i, member in self._replicas.items() if now - member.last_heard > self._silence_s]:
+                self._lose_replica(replica_id)
+            self._hear([m.Tick()])
+
+    def _do(self, command: m.Command) -> None:
+        match command:
+            case m.Dispatch():
+                self._dispatch(command)
+            case m.Cancel():
+                self._spawn(self._tell_replica(command.replica_id, "cancel", command.turn_id))
+            case m.Decline():
+                self._spawn(self._tell_replica(command.replica_id, "drop_chunks", command.chunks))
+            case m.Save():
+                self._spawn(self._run_on_store(command, self._exporters.get(command.replica_id)))
+            case m.Fetch():
+                peer = (
+                    self._stores.get(command.source_node) if command.source_node != command.node_id else None
+                )  # SHARED: none
+                self._spawn(self._run_on_store(command, peer.handle if peer else None))
+            case m.Demote() | m.Drop():
+                self._spawn(self._run_on_store(command, None))
+
+    def _dispatch(self, command: m.Dispatch) -> None:
+        future = self._waiting.get(command.turn_id)
+        member = self._replicas.get(command.replica_id)
+        if future is None or future.done() or member is None:  # its client is gone: give the slot back
+            self._later([m.TurnFinished(turn_id=command.turn_id, replica_id=command.replica_id)])
+            return
+        future.set_result(Assignment(command, member.handle))
+
+    def _later(self, events: list[m.Event]) -> None:
+        asyncio.get_running_loop().call_soon(self._hear, events)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_on_store(self, command: m.Save | m.Fetch | m.Demote | m.Drop, helper: Any) -> None:
+        """`helper` is the actor that has the bytes: a shard (Save) or another node's store (Fetch)."""
+        member = self._stores.get(command.node_id)
+        if member is None:
+            self._later([m.CommandFailed(command=command, reason="its node is gone")])
+            return
+        try:
+            events: list[m.Event] = await member.handle.run.remote(command, [helper])
+        except RayError as error:
+            events = [m.CommandFailed(command=command, reason=str(error).splitlines()[0])]
+            if isinstance(error, RayActorError):
+                self._lose_node(command.node_id)
+        self._hear(events)
+
+    async def _tell_replica(self, replica_id: m.ReplicaId, verb: str, argument: Any) -> None:
+        member = self._replicas.get(replica_id)
+        if member is None:
+            return
+        try:
+            await getattr(member.handle, verb).remote(argument)
+        except RayActorError:
+            self._lose_replica(replica_id)
+
+    def _lose_node(self, node_id: m.NodeId) -> None:
+        if self._stores.pop(node_id, None) is not None:
+            log.warning("node store %s is lost", node_id)
+            self._hear([m.NodeLost(node_id)])
+
+    def _lose_replica(self, replica_id: m.ReplicaId) -> None:
+        if self._replicas.pop(replica_id, None) is not None:
+            self._exporters.pop(replica_id, None)
+            log.warning("replica %s is lost", replica_id)
+            self._hear([m.ReplicaLost(replica_id)])

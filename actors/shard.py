@@ -1,0 +1,197 @@
+"""The shard: a process that runs the engine's loop in one thread and does little else.
+
+Other threads only hand requests in, hand outputs out and let node stores pull finished chunks; each has a concurrency
+group of its own, so that a long step never blocks an export. One shard is one whole model for now; with tensor
+parallelism it will be one rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.engine.engine import Engine
+from actors.engine.sampling import SamplingParams
+from actors.engine.turns import EngineConfig, ReadyChunk, Request, RestoreSource, TurnOutput
+from actors.wire import TurnRequest
+from policies import messages as m
+from storage.filesystem import open_reader
+from storage.format import ChunkReader, read_chunk
+from storage.tier import ChunkOpener
+
+IDLE_WAIT_S = 0.5
+WARM_UP_RUNS = 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """What a shard needs to know at birth."""
+
+    engine: EngineConfig
+    salt: str = ""
+    ssd_url: str | None = None  # read directly, without a stop in DRAM
+    object_url: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What clients must know of the model to build prompts and keys."""
+
+    root: str
+    chunk_tokens: int
+    context_window: int
+    max_turn_tokens: int  # prompt and answer of one turn together
+    kv_tokens: int  # capacity of a replica's pool
+    kv_bytes_per_token: int
+    prefill_tokens_per_s: float
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Harvest:
+    """What happened in the engine since the last call: outputs, and chunks now offered to the store."""
+
+    outputs: list[TurnOutput]
+    chunks: list[ReadyChunk]
+
+
+class Shard:
+    """Plain class; becomes a threaded actor (groups: control, outputs, io) where a replica creates it."""
+
+    def __init__(self, plan: ShardPlan) -> None:
+        self._plan = plan
+        self._engine = Engine(plan.engine)
+        self._max_turn_tokens = min(
+            self._engine.loaded.context_window, plan.engine.num_blocks * plan.engine.block_tokens
+        )
+        self._root = self._engine.loaded.key_space(plan.salt).root()
+        self._readers: dict[m.Tier, ChunkOpener] = {
+            name: open_reader(url)
+            for name, url in ((m.Tier.SSD, plan.ssd_url), (m.Tier.OBJECT, plan.object_url))
+            if url is not None
+        }
+        self._prefill_tokens_per_s = self._warm_up()
+        self._news = threading.Condition()
+        self._outputs: list[TurnOutput] = []
+        self._chunks: list[ReadyChunk] = []
+        threading.Thread(target=self._loop, name="engine", daemon=True).start()
+
+    # --- control ------------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="control")
+    def info(self) -> ModelInfo:
+        loaded, config = self._engine.loaded, self._plan.engine
+        return ModelInfo(
+            root=self._root,
+            chunk_tokens=config.chunk_tokens,
+            context_window=loaded.context_window,
+            max_turn_tokens=self._max_turn_tokens,
+            kv_tokens=config.kv_tokens,
+            kv_bytes_per_token=loaded.kv_bytes_per_token,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            dtype=loaded.dtype,
+            device=str(loaded.device),
+        )
+
+    @ray.method(concurrency_group="control")
+    def add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...], refs: list[Any]) -> None:
+        """Takes a turn in. `refs` boxes one object reference per step, None where the step is read from a file."""
+        restore = tuple(
+            RestoreSource(key=step.chunk, start=step.start, num_tokens=step.num_tokens, open=self._opener(step, ref))
+            for step, ref in zip(steps, refs)
+        )
+        self._engine.add(
+            Request(
+                turn_id=turn.turn_id,
+                token_ids=turn.token_ids,
+                sampling=turn.sampling,
+                num_prior=turn.num_prior,
+                cuts=turn.cuts,
+                restore=restore,
+                root=self._root,
+                save=turn.reuse,
+            )
+        )
+
+    @ray.method(concurrency_group="control")
+    def abort(self, turn_id: str) -> None:
+        self._engine.abort(turn_id)
+
+    @ray.method(concurrency_group="control")
+    def drop_chunks(self, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            self._engine.drop_chunk(key)
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), **self._engine.stats()}
+
+    # --- io -----------------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="io")
+    def export_chunk(self, key: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The chunk's Arrow bytes; the caller owns the object and the write buffer forgets it."""
+        return self._engine.take_chunk(key)
+
+    def _opener(self, step: m.RestoreStep, ref: Any) -> Callable[[], ChunkReader]:
+        if step.tier == m.Tier.DRAM:
+            return lambda: read_chunk(ray.get(ref))
+        reader = self._readers[step.tier]
+        return lambda: reader.open(step.chunk)
+
+    # --- outputs ------------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="outputs")
+    def harvest(self) -> Harvest:
+        """Waits until something happened, or half a second."""
+        with self._news:
+            if not (self._outputs or self._chunks):
+                self._news.wait(IDLE_WAIT_S)
+            taken = Harvest(self._outputs, self._chunks)
+            self._outputs, self._chunks = [], []
+        return taken
+
+    def _loop(self) -> None:
+        """The engine's thread. An engine that breaks outside a turn ends the process: the replica is started anew."""
+        try:
+            while True:
+                outputs = self._engine.step() if self._engine.wait_for_work(IDLE_WAIT_S) else []
+                chunks = self._engine.ready_chunks()
+                if outputs or chunks:
+                    with self._news:
+                        self._outputs += outputs
+                        self._chunks += chunks
+                        self._news.notify_all()
+        except Exception:
+            log.exception("the engine broke; this shard ends")
+            os._exit(1)
+
+    def _warm_up(self) -> float:
+        """Runs one short prompt: pages, kernels and threads are warm, and the prefill rate is known (tokens/s)."""
+        num_tokens = min(256, self._max_turn_tokens // 2, self._plan.engine.max_step_tokens)
+        rate = 0.0
+        for attempt in range(WARM_UP_RUNS):
+            request = Request(
+                turn_id=f"warm-up-{attempt}",
+                token_ids=tuple(range(num_tokens)),
+                sampling=SamplingParams(max_new_tokens=1),
+                root=self._root,
+                save=False,
+            )
+            self._engine.add(request)
+            began = time.monotonic()
+            while self._engine.has_work:
+                self._engine.step()
+            rate = num_tokens / (time.monotonic() - began)
+        return rate

@@ -1,0 +1,63 @@
+"""What travels with a turn between client, replica and shard: requests, streamed pieces and the closing account.
+
+Plain frozen values; tokens travel here and nowhere near the scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from actors.engine.sampling import SampledToken, SamplingParams
+from actors.engine.turns import FinishReason
+from policies.messages import Cause, Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """One attempt of a turn. `token_ids` is the prompt and, after an earlier attempt, what that attempt generated."""
+
+    turn_id: str
+    session_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    num_prior: int = 0  # how many of the last token_ids an earlier attempt generated
+    cuts: tuple[int, ...] = ()  # positions where prompts may be shared or cut: they become marks
+    drift_at: int | None = None
+    priority: int = 0
+    reuse: bool = True  # False: neither restored nor saved
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Tokens as they are generated, and the text that has become certain with them."""
+
+    tokens: tuple[SampledToken, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnAccount:
+    """Where each prompt token's KV came from. Sums of both maps together are the prompt's tokens."""
+
+    reused: dict[Tier, int] = field(default_factory=dict)
+    recomputed: dict[Cause, int] = field(default_factory=dict)
+    restore_s: float = 0.0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(self.reused.values()) + sum(self.recomputed.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnEnd:
+    """The last piece of an attempt. With PREEMPTED the client submits the turn again; with FAILED it may."""
+
+    finish_reason: FinishReason
+    account: TurnAccount
+    tokens: tuple[SampledToken, ...] = ()  # the last ones
+    text: str = ""  # the rest of the text
+    num_tokens_kept: int | None = None  # tokens wholly before a stop string, when one ended the turn
+    error: str = ""
+
+
+Piece = Delta | TurnEnd

@@ -1,0 +1,266 @@
+"""Bringing a cluster up and down: Ray itself where none is running, the scheduler, a node store a node, the replicas.
+
+Actors are plain classes; here, and for shards in actors/replica.py, they become Ray actors. They belong to this
+process: when it ends, in whichever way, Ray ends them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# A local Ray needs no token, and token mode switched on by accident locks `ray job submit` out.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.engine.loading import ModelError
+from actors.engine.turns import EngineConfig
+from actors.node_store import NodeStore, StorePlan
+from actors.replica import Replica, ReplicaPlan
+from actors.scheduler import SchedulerActor
+from actors.shard import ModelInfo, ShardPlan
+from cluster.client import Client
+from cluster.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+
+SILENCE_BEATS = 10
+SAFE_SHARE = 0.7  # of Ray's object store: beyond it, mixed chunk sizes fragment and Ray falls back to disk
+DEFAULT_SHARE = 0.6
+MIN_LOCAL_STORE_BYTES = 256 * 1024**2
+DEFAULT_LOCAL_STORE_BYTES = 4 * 1024**3
+MAX_WAITING = 100_000
+
+# Ray moves nothing to disk on its own here, and gives freed space back at once (FINDINGS of the store's measurements).
+RAY_SYSTEM_CONFIG = {"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0}
+
+
+class BringUpError(RuntimeError):
+    """The cluster cannot serve as configured; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cluster that takes turns."""
+
+    config: Config
+    model: ModelInfo
+    client: Client
+    scheduler: Any
+    stores: dict[str, Any]
+    replicas: dict[str, Any]
+
+    def store_stats(self) -> list[dict[str, Any]]:
+        return list(ray.get([store.stats.remote() for store in self.stores.values()], timeout=30))
+
+    def replica_stats(self) -> list[dict[str, Any]]:
+        return list(ray.get([replica.stats.remote() for replica in self.replicas.values()], timeout=30))
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Running]:
+    """Brings everything up, yields when the replicas are ready, tears down whatever happens.
+
+    Raises BringUpError, ConfigError or ModelError in words for people.
+    """
+    started_ray = _connect(config)
+    actors: list[Any] = []
+    try:
+        yield _bring_up(config, actors)
+    finally:
+        _tear_down(actors, started_ray)
+
+
+def _connect(config: Config) -> bool:
+    """True if this process's ray.init is ours to shut down."""
+    if ray.is_initialized():
+        return False
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(
+                object_store_memory=_local_store_bytes(config),
+                include_dashboard=False,
+                _system_config=RAY_SYSTEM_CONFIG,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at {address}" if address else "a local Ray"
+        raise BringUpError(f"cannot start on {where}: {str(error).strip().splitlines()[0]}") from error
+    return True
+
+
+def _local_store_bytes(config: Config) -> int:
+    wanted = int(config.store.dram_bytes / SAFE_SHARE) + 1 if config.store.dram_bytes else DEFAULT_LOCAL_STORE_BYTES
+    wanted = max(wanted, MIN_LOCAL_STORE_BYTES)
+    room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else wanted
+    if wanted > room:
+        if config.store.dram_bytes:
+            raise ConfigError(
+                f"store.dram_bytes needs a Ray object store of {wanted:,} bytes but /dev/shm has {room:,}; "
+                f"set store.dram_bytes to at most {int(room * SAFE_SHARE):,} or enlarge /dev/shm"
+            )
+        wanted = int(room * 0.8)
+    return wanted
+
+
+def _bring_up(config: Config, actors: list[Any]) -> Running:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    scheduler = (
+        ray.remote(SchedulerActor)
+        .options(num_cpus=0, max_restarts=-1, max_concurrency=MAX_WAITING, max_task_retries=0)
+        .remote(config.scheduler, SILENCE_BEATS * config.cluster.heartbeat_s)
+    )
+    actors.append(scheduler)
+    stores = {node["NodeID"]: _create_store(config, node, scheduler) for node in nodes}
+    actors += stores.values()
+    replicas = _create_replicas(config, nodes, scheduler, stores)
+    actors += replicas.values()
+    try:
+        ray.get([store.ready.remote() for store in stores.values()])
+        infos: list[ModelInfo] = ray.get([replica.ready.remote() for replica in replicas.values()])
+    except RayTaskError as error:
+        raise _in_words(error) from None
+    except RayError as error:
+        raise BringUpError(f"an actor died while starting: {_first_line(error)}") from error
+    if len({info.root for info in infos}) > 1:
+        raise BringUpError("replicas loaded different models; the model's folder must be the same on every node")
+    return Running(config, infos[0], Client(scheduler, infos[0]), scheduler, stores, replicas)
+
+
+def _create_store(config: Config, node: dict[str, Any], scheduler: Any) -> Any:
+    section = config.store
+    plan = StorePlan(
+        dram_bytes=_dram_budget(config, node),
+        ssd_url=_place(section.ssd_url, node),
+        ssd_bytes=section.ssd_bytes,
+        object_url=section.object_url,
+        object_bytes=section.object_bytes,
+    )
+    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return (
+        ray.remote(NodeStore)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
+        .remote(node["NodeID"], plan, scheduler, config.cluster.heartbeat_s)
+    )
+
+
+def _dram_budget(config: Config, node: dict[str, Any]) -> int:
+    capacity = int(node["Resources"].get("object_store_memory", 0))
+    budget = config.store.dram_bytes or int(capacity * DEFAULT_SHARE)
+    if budget > capacity * SAFE_SHARE:
+        raise ConfigError(
+            f"store.dram_bytes is {budget:,} but node {node['NodeManagerAddress']} has an object store of {capacity:,} "
+            f"bytes and at most {SAFE_SHARE:.0%} of it can be used without Ray spilling; lower store.dram_bytes to "
+            f"{int(capacity * SAFE_SHARE):,} or start Ray with --object-store-memory={int(budget / SAFE_SHARE) + 1}"
+        )
+    return budget
+
+
+def _place(url: str | None, node: dict[str, Any]) -> str | None:
+    return url.replace("{node_ip}", node["NodeManagerAddress"]) if url else None
+
+
+def _create_replicas(
+    config: Config, nodes: list[dict[str, Any]], scheduler: Any, stores: dict[str, Any]
+) -> dict[str, Any]:
+    """Round the nodes that have the resources; refuses at once what could never be placed."""
+    places = _spread(config, nodes)
+    replicas = {}
+    for index, node in enumerate(places):
+        node_id = node["NodeID"]
+        replica_id = f"replica-{index}"
+        plan = _replica_plan(config, node, sharing=places.count(node))
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        replicas[replica_id] = (
+            ray.remote(Replica)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
+            .remote(replica_id, plan, scheduler, stores[node_id], node_id)
+        )
+    return replicas
+
+
+def _spread(config: Config, nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    section = config.cluster
+    free = {node["NodeID"]: dict(node["Resources"]) for node in nodes}
+    places: list[dict[str, Any]] = []
+    while len(places) < section.num_replicas:
+        fitting = [
+            node for node in nodes if _fits(free[node["NodeID"]], section.cpus_per_replica, section.gpus_per_replica)
+        ]
+        if not fitting:
+            raise BringUpError(
+                f"only {len(places)} of {section.num_replicas} replicas fit: each needs {section.cpus_per_replica:g} "
+                f"CPUs and {section.gpus_per_replica:g} GPUs; lower cluster.num_replicas or cluster.cpus_per_replica, "
+                f"or add nodes"
+            )
+        node = min(fitting, key=places.count)
+        free[node["NodeID"]]["CPU"] = free[node["NodeID"]].get("CPU", 0) - section.cpus_per_replica
+        free[node["NodeID"]]["GPU"] = free[node["NodeID"]].get("GPU", 0) - section.gpus_per_replica
+        places.append(node)
+    return places
+
+
+def _fits(resources: dict[str, float], cpus: float, gpus: float) -> bool:
+    return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus
+
+
+def _replica_plan(config: Config, node: dict[str, Any], sharing: int) -> ReplicaPlan:
+    section = config.model
+    num_threads = section.num_threads or max(1, int(node["Resources"].get("CPU", 1)) // sharing)
+    engine = EngineConfig(
+        model=section.path,
+        dtype=section.dtype,
+        device=section.device,
+        block_tokens=section.block_tokens,
+        kv_tokens=section.kv_tokens,
+        chunk_tokens=section.chunk_tokens,
+        max_step_tokens=section.max_step_tokens,
+        max_running_turns=section.max_running_turns,
+        write_buffer_chunks=section.write_buffer_chunks,
+        num_threads=num_threads,
+    )
+    shard = ShardPlan(
+        engine=engine,
+        salt=config.store.salt,
+        ssd_url=_place(config.store.ssd_url, node),
+        object_url=config.store.object_url,
+    )
+    return ReplicaPlan(
+        shard=shard,
+        num_cpus=config.cluster.cpus_per_replica,
+        num_gpus=config.cluster.gpus_per_replica,
+        env_vars={"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"},
+        heartbeat_s=config.cluster.heartbeat_s,
+    )
+
+
+def _tear_down(actors: list[Any], started_ray: bool) -> None:
+    for actor in reversed(actors):
+        ray.kill(actor, no_restart=True)
+    if started_ray:
+        ray.shutdown()
+
+
+def _in_words(error: RayTaskError) -> Exception:
+    cause = error.cause
+    if isinstance(cause, (ModelError, ConfigError, ValueError)):
+        return cause if isinstance(cause, (ModelError, ConfigError)) else BringUpError(str(cause))
+    return BringUpError(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

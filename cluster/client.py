@@ -1,0 +1,179 @@
+"""The client of a running cluster: one turn in, its answer's pieces out, whatever fails in between.
+
+It asks the scheduler for a place, streams from the replica it is given, and goes on elsewhere with what it has when
+that replica preempts the turn or dies: tokens already received are part of the next attempt's prompt, so nothing is
+generated twice and nothing is lost. Times are read here, on the client's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+
+from actors.engine.sampling import SampledToken
+from actors.engine.turns import FinishReason
+from actors.scheduler import Assignment
+from actors.shard import ModelInfo
+from actors.wire import Delta, TurnAccount, TurnEnd, TurnRequest
+from policies import messages as m
+from storage import keys
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 6
+RETRY_S = 0.5
+
+
+class TurnFailed(RuntimeError):  # noqa: N818 - named like the event
+    """The turn could not be answered; the message says why."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """A turn's answer, its account and its times (seconds; since submission unless said)."""
+
+    turn_id: str
+    tokens: list[SampledToken] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    num_tokens_kept: int | None = None
+    account: TurnAccount = field(default_factory=TurnAccount)
+    num_attempts: int = 0
+    retried_tokens: int = 0  # prompt tokens computed again because an attempt was cut short
+    replica_id: str = ""
+    queue_wait_s: float = 0.0
+    ttft_s: float | None = None
+    end_to_end_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)  # gaps between arrivals, one per further token
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.token_id for token in self.tokens)
+
+
+class Client:
+    """Submits turns to a scheduler actor. Safe for many turns at a time in one event loop."""
+
+    def __init__(self, scheduler: Any, model: ModelInfo) -> None:
+        self._scheduler = scheduler
+        self.model = model
+
+    async def run(self, request: TurnRequest, on_delta: Callable[[Delta], None] | None = None) -> Answer:
+        """Runs the turn to its end. Raises TurnFailed when no attempt succeeded; cancelling it cancels the turn."""
+        limit = min(self.model.context_window, self.model.max_turn_tokens)
+        if len(request.token_ids) >= limit:
+            raise TurnFailed(
+                f"the prompt has {len(request.token_ids)} tokens; the model's window leaves room for {limit - 1}"
+            )
+        progress = _Progress(request, on_delta)
+        try:
+            while not progress.done:
+                progress.begin()
+                await self._attempt(progress)
+        except asyncio.CancelledError:
+            self._scheduler.cancel.remote(request.turn_id)
+            raise
+        return progress.answer
+
+    async def _attempt(self, progress: _Progress) -> None:
+        replica_id = ""
+        try:
+            request = progress.request
+            assignment: Assignment = await self._scheduler.submit.remote(self._describe(request))
+            replica_id = assignment.dispatch.replica_id
+            progress.assigned(replica_id)
+            stream = assignment.replica.generate.options(num_returns="streaming")
+            async for ref in stream.remote(request, assignment.dispatch.plan):
+                progress.receive(await ref)
+        except RayError as error:
+            await self._recover(progress, replica_id, error)
+
+    async def _recover(self, progress: _Progress, replica_id: str, error: RayError) -> None:
+        """An actor failed: tell the scheduler, wait a little, let the next attempt go on."""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("turn %s, attempt %d: %s", progress.request.turn_id, progress.answer.num_attempts, reason)
+        if progress.answer.num_attempts >= MAX_ATTEMPTS:
+            raise TurnFailed(f"gave up after {MAX_ATTEMPTS} attempts: {reason}") from error
+        if replica_id and isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
+            self._scheduler.replica_lost.remote(replica_id)
+        await asyncio.sleep(RETRY_S * progress.answer.num_attempts)
+
+    def _describe(self, request: TurnRequest) -> m.Turn:
+        """The turn as the scheduler sees it: marks instead of tokens."""
+        chain = keys.chain(self.model.root, request.token_ids, self.model.chunk_tokens, cuts=request.cuts)
+        return m.Turn(
+            turn_id=request.turn_id,
+            session_id=request.session_id,
+            prompt=tuple(m.Mark(end, key) for end, key in chain),
+            num_prompt_tokens=len(request.token_ids),
+            max_new_tokens=request.sampling.max_new_tokens - request.num_prior,
+            priority=request.priority,
+            reuse=request.reuse,
+            drift_at=request.drift_at,
+        )
+
+
+class _Progress:
+    """One turn over its attempts."""
+
+    def __init__(self, request: TurnRequest, on_delta: Callable[[Delta], None] | None) -> None:
+        self.request = request
+        self.answer = Answer(turn_id=request.turn_id)
+        self.done = False
+        self._prompt = request.token_ids
+        self._on_delta = on_delta
+        self._submitted = time.monotonic()
+        self._attempt_began = self._submitted
+        self._last_token: float | None = None
+
+    def begin(self) -> None:
+        self.answer.num_attempts += 1
+        self._attempt_began = time.monotonic()
+        if self.answer.tokens:
+            generated = self.answer.token_ids
+            self.request = replace(self.request, token_ids=self._prompt + generated, num_prior=len(generated))
+
+    def assigned(self, replica_id: str) -> None:
+        self.answer.replica_id = replica_id
+        self.answer.queue_wait_s += time.monotonic() - self._attempt_began
+
+    def receive(self, piece: Delta | TurnEnd) -> None:
+        self._take(piece.tokens, piece.text)
+        if isinstance(piece, Delta):
+            return
+        self._settle(piece.account)
+        if piece.finish_reason == FinishReason.PREEMPTED:
+            return
+        if piece.finish_reason == FinishReason.FAILED:
+            raise TurnFailed(piece.error)
+        self.answer.finish_reason = piece.finish_reason
+        self.answer.num_tokens_kept = piece.num_tokens_kept
+        self.answer.end_to_end_s = time.monotonic() - self._submitted
+        self.done = True
+
+    def _take(self, tokens: tuple[SampledToken, ...], text: str) -> None:
+        now = time.monotonic()
+        for _ in tokens:
+            if self._last_token is None:
+                self.answer.ttft_s = now - self._submitted
+            else:
+                self.answer.itl_s.append(now - self._last_token)
+            self._last_token = now
+        self.answer.tokens += tokens
+        self.answer.text += text
+        if self._on_delta is not None and (tokens or text):
+            self._on_delta(Delta(tokens, text))
+
+    def _settle(self, account: TurnAccount) -> None:
+        """The first attempt's account stands for the prompt; what later attempts compute again is counted apart."""
+        if not self.answer.account.num_prompt_tokens:
+            self.answer.account = account
+        else:
+            self.answer.retried_tokens += Counter(account.recomputed).total()

@@ -1,0 +1,177 @@
+"""Typed configuration: frozen sections, read from YAML and command-line overrides, checked at the door.
+
+Each component receives only its own section. Sizes may be written as `2GiB`, `500MB` or plain bytes. Unknown names are
+errors. This file starts nothing and knows no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
+
+from policies.messages import SchedulerConfig
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which field and what to do."""
+
+
+def _size(value: object) -> int:
+    return int(TypeAdapter(ByteSize).validate_python(value))
+
+
+Bytes = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Which model, and how it computes."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str = ""
+    """A folder with config.json and safetensors, or a hub id."""
+    dtype: str = "auto"
+    """auto (as stored), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (cuda when present), cpu, cuda."""
+    chunk_tokens: Positive = 128
+    """Tokens of one chunk: the unit of saving, moving and evicting."""
+    block_tokens: Positive = 16
+    """Tokens of one block of the KV pool."""
+    kv_tokens: Positive = 32_768
+    """Capacity of one replica's KV pool, in tokens."""
+    max_step_tokens: Positive = 512
+    """Tokens of one engine step, prefill chunks and decodes together."""
+    max_running_turns: Positive = 8
+    """Turns of one replica at a time."""
+    write_buffer_chunks: Positive = 64
+    """Chunks that may wait in a replica for the store; beyond it chunks are not saved, and computed again later."""
+    num_threads: Annotated[int, Field(ge=0)] = 0
+    """Torch threads of one replica; 0 shares the node's cores evenly among its replicas."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSection:
+    """Where KV lives when its conversation is silent. Budgets are per node."""
+
+    __pydantic_config__ = _STRICT
+
+    dram_bytes: Bytes = 0
+    """Budget in Ray's object store; 0 takes 60 % of the node's object store."""
+    ssd_url: str | None = None
+    """A local folder or file:// URL for the SSD tier; `{node_ip}` is replaced. None: no such tier."""
+    ssd_bytes: Bytes = 16 * 1024**3
+    object_url: str | None = None
+    """Any fsspec URL (s3://bucket/prefix, ...) for the object tier. None: no such tier."""
+    object_bytes: Bytes = 256 * 1024**3
+    salt: str = ""
+    """Chunks of different salts never meet (tenants)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSection:
+    """Where it runs."""
+
+    __pydantic_config__ = _STRICT
+
+    address: str | None = None
+    """Ray address to join; None joins the job's cluster or starts a local one."""
+    num_replicas: Positive = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
+    """How often node stores and replicas report; silent for ten times as long counts as lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything, by section."""
+
+    __pydantic_config__ = _STRICT
+
+    model: ModelSection = field(default_factory=ModelSection)
+    store: StoreSection = field(default_factory=StoreSection)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        if model.chunk_tokens % model.block_tokens:
+            raise ConfigError(
+                f"model.chunk_tokens ({model.chunk_tokens}) must be a multiple of "
+                f"model.block_tokens ({model.block_tokens})"
+            )
+        if model.kv_tokens < 2 * model.chunk_tokens:
+            raise ConfigError(
+                f"model.kv_tokens ({model.kv_tokens}) must hold at least two chunks of {model.chunk_tokens}"
+            )
+
+
+def load_config(file: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The YAML file, if any, with `section.field=value` overrides on top.
+
+    Raises ConfigError for a missing or malformed file, an unknown field or a value of the wrong kind.
+    """
+    tree = _read_yaml(file) if file else {}
+    for override in overrides:
+        _apply(tree, override)
+    return config_from(tree, where=file or "the command line")
+
+
+def config_from(tree: Mapping[str, Any], where: str = "configuration") -> Config:
+    """Checks a nested mapping and makes it a Config; raises ConfigError naming each bad field."""
+    unknown = set(tree.get("scheduler") or ()) - {f.name for f in dataclasses.fields(SchedulerConfig)}
+    if unknown:
+        raise ConfigError(
+            f"{where}: scheduler.{sorted(unknown)[0]} is not a field; see `reprise config show` for all fields"
+        )
+    try:
+        return TypeAdapter(Config).validate_python({name: value or {} for name, value in tree.items()})
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def config_to_yaml(config: Config) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{name} is not a field; see `reprise config show` for all fields"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message} (got {problem['input']!r})" if name else message
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(value is None or isinstance(value, dict) for value in tree.values()):
+        raise ConfigError(f"{file}: expected sections (model:, store:, scheduler:, cluster:) with fields in them")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise ConfigError(f"--set {override}: write section.field=value, for example store.dram_bytes=2GiB")
+    if tree.get(section) is None:
+        tree[section] = {}
+    tree[section][key] = yaml.safe_load(text)

@@ -1,0 +1,102 @@
+"""What the scheduler's desks share: its state, the time of the event at hand, and the commands it will answer with."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from policies.candidates import Candidates
+from policies.catalog import Catalog, Chunk, Copy, CopyState
+from policies.fleet import Fleet
+from policies.messages import ChunkKey, Command, NodeId, SchedulerConfig, SessionId
+from policies.outlook import Outlook
+from policies.places import Place
+from policies.plugins import Guard
+from policies.queue import WaitingQueue
+from policies.timers import Timers
+
+
+@dataclass(slots=True)
+class Board:
+    """Shared state, and the notes one event leaves for the steps that follow it (`changed_*`, `freed_nodes`)."""
+
+    config: SchedulerConfig
+    catalog: Catalog
+    queue: WaitingQueue
+    fleet: Fleet
+    candidates: Candidates
+    guard: Guard
+    timers: Timers = field(default_factory=Timers)
+    counters: Counter[str] = field(default_factory=Counter)
+    now: float = 0.0
+    outbox: list[Command] = field(default_factory=list)
+    changed_places: set[Place] = field(default_factory=set)  # more bytes there: look at the watermarks
+    changed_chunks: set[ChunkKey] = field(default_factory=set)  # a copy came, went or failed: who waits for it?
+    freed_nodes: set[NodeId] = field(default_factory=set)  # DRAM bytes or a fetch slot are free
+    superseded: dict[ChunkKey, None] = field(default_factory=dict)  # to be dropped as soon as they are idle
+    failed: dict[tuple[ChunkKey, Place], float] = field(default_factory=dict)  # do not try again before
+    session_ends: OrderedDict[SessionId, int] = field(default_factory=OrderedDict)  # tokens offered so far
+    when_overdue: dict[CopyState, Callable[[Chunk, Copy], None]] = field(default_factory=dict)
+    _outlook: Outlook | None = None
+
+    def begin(self, now: float) -> None:
+        """A new event: time never runs backwards."""
+        self.now = max(self.now, now)
+        self.outbox = []
+        self._outlook = None
+
+    def send(self, command: Command) -> None:
+        self.outbox.append(command)
+        self.counters[f"commands.{type(command).__name__}"] += 1
+
+    def note_stale(self, what: str) -> None:
+        """A late, repeated or out-of-order event that changes nothing."""
+        self.counters[f"stale.{what}"] += 1
+
+    def outlook(self) -> Outlook:
+        """The figures policies may see, as of this event."""
+        if self._outlook is None:
+            self._outlook = Outlook(
+                num_waiting=len(self.queue),
+                dram_budget_bytes=self.fleet.dram_budget_bytes,
+                ssd_budget_bytes=self.fleet.ssd_budget_bytes,
+                session_bytes=self.queue.mean_prompt_tokens * self.catalog.bytes_per_token,
+            )
+        return self._outlook
+
+    # --- deadlines of commands ----------------------------------------------------------------------------------------
+
+    def expect(self, chunk: Chunk, copy: Copy, within_s: float) -> None:
+        """The command behind this copy is to be answered in time, or `when_overdue` deals with it."""
+        copy.deadline = self.now + within_s
+        self.timers.at(copy.deadline, self._look_at, chunk, copy, copy.deadline)
+
+    def _look_at(self, chunk: Chunk, copy: Copy, deadline: float) -> None:
+        if chunk.copies.get(copy.place) is copy and copy.deadline == deadline and copy.state in self.when_overdue:
+            self.counters[f"overdue.{copy.state}"] += 1
+            self.when_overdue[copy.state](chunk, copy)
+
+    # --- what failed a moment ago -------------------------------------------------------------------------------------
+
+    def note_failure(self, key: ChunkKey, place: Place) -> None:
+        """Bringing this chunk to this place failed: not again for `retry_s`."""
+        until = self.now + self.config.retry_s
+        self.failed[key, place] = until
+        self.timers.at(until, self._forgive, key, place, until)
+
+    def has_failed(self, key: ChunkKey, place: Place) -> bool:
+        return (key, place) in self.failed
+
+    def _forgive(self, key: ChunkKey, place: Place, until: float) -> None:
+        if self.failed.get((key, place)) == until:
+            del self.failed[key, place]
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def note_session(self, session_id: SessionId, end: int) -> None:
+        """Tokens up to `end` of this session were offered for saving. Remembered for as many sessions as ghosts."""
+        self.session_ends[session_id] = max(end, self.session_ends.get(session_id, 0))
+        self.session_ends.move_to_end(session_id)
+        if len(self.session_ends) > self.config.ghosts:
+            self.session_ends.popitem(last=False)

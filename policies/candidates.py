@@ -1,0 +1,125 @@
+"""Which copies may be evicted, and in which order: the seam between the catalog and the eviction policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from policies.catalog import Catalog, Chunk, Copy, CopyState, Family
+from policies.eviction import EvictionPolicy
+from policies.messages import ChunkKey
+from policies.outlook import Outlook
+from policies.places import Place
+from policies.plugins import Guard
+from policies.queue import Order, WaitingQueue
+
+
+class Candidates:
+    """Watches the catalog: `refresh` brings a chunk's next use and its copies' candidacy up to date.
+
+    Expired chunks (time to live) are kept apart and go first; the policy orders the rest.
+    """
+
+    def __init__(self, catalog: Catalog, queue: WaitingQueue, policy: EvictionPolicy, guard: Guard) -> None:
+        self.ordered: dict[Place, dict[ChunkKey, None]] = {}  # what the policy was told; also the safe default order
+        self.expired: dict[Place, dict[ChunkKey, None]] = {}
+        self._catalog, self._queue, self._policy, self._guard = catalog, queue, policy, guard
+
+    def refresh(self, chunk: Chunk) -> None:
+        chunk.next_use = self.find_next_use(chunk)
+        family = self._catalog.families.get(chunk.key)
+        for copy in chunk.copies.values():
+            listing = self.find_listing(chunk, copy, family)
+            if listing != copy.listed_as:
+                self._relist(chunk, copy, listing)
+
+    def refresh_marks(self, marks: Sequence[ChunkKey]) -> None:
+        """The next use of these marks changed."""
+        for mark in marks:
+            chunk = self._catalog.representative(mark)
+            if chunk is not None:
+                self.refresh(chunk)
+
+    def first(self, place: Place, count: int) -> Sequence[ChunkKey]:
+        """The `count` candidates of a place that go first."""
+        expired = list(islice(self.expired.get(place, ()), count))
+        wanted = count - len(expired)
+        ordered = self.ordered.get(place, {})
+        wanted = min(wanted, len(ordered))
+        if not wanted:
+            return expired
+        victims: Sequence[ChunkKey] = self._guard.consult(
+            self._policy,
+            "victims",
+            ask=lambda: self._policy.victims(place, wanted),
+            problem=lambda keys: _problem_with(keys, wanted, ordered),
+            default=lambda: list(islice(ordered, wanted)),
+        )
+        return [*expired, *victims]
+
+    def may_drop(self, chunk: Chunk, outlook: Callable[[], Outlook]) -> bool:
+        """Whether the last copy of a victim may go for good."""
+        position = None if chunk.next_use is None else self._queue.position(chunk.next_use)
+        return self._guard.consult(
+            self._policy,
+            "may_drop",
+            ask=lambda: self._policy.may_drop(chunk, position, outlook()),
+            problem=lambda answer: None if isinstance(answer, bool) else f"answered {answer!r}, not True or False",
+            default=lambda: position is None,
+        )
+
+    def find_next_use(self, chunk: Chunk) -> Order | None:
+        """The first waiting turn among the marks for which this chunk is the representative."""
+        orders = [
+            order
+            for mark in chunk.marks
+            if (order := self._queue.next_use(mark)) is not None and self._catalog.representative(mark) is chunk
+        ]
+        return min(orders, default=None)
+
+    def find_listing(self, chunk: Chunk, copy: Copy, family: Family | None) -> tuple[object, ...] | None:
+        """How the copy should be listed now: None when it may not be evicted.
+
+        A copy with staying children in the same place is not a leaf there. A chunk with children anywhere keeps at
+        least one copy. Superseded chunks are dropped without asking a policy.
+        """
+        if not copy.is_idle or copy.leaving or chunk.superseded:
+            return None
+        if family is not None and (family.staying.get(copy.place) or not _has_other(chunk, copy)):
+            return None
+        return (chunk.expired and chunk.next_use is None, chunk.last_used, chunk.next_use)
+
+    def _relist(self, chunk: Chunk, copy: Copy, listing: tuple[object, ...] | None) -> None:
+        place, key = copy.place, chunk.key
+        was_expired, is_expired = _is_expired(copy.listed_as), _is_expired(listing)
+        if copy.listed_as is not None and (listing is None or was_expired != is_expired):
+            if was_expired:
+                del self.expired[place][key]
+            else:
+                del self.ordered[place][key]
+                self._guard.tell(self._policy, "remove", lambda: self._policy.remove(place, key))
+        copy.listed_as = listing
+        if listing is None:
+            return
+        if is_expired:
+            self.expired.setdefault(place, {})[key] = None
+        else:
+            self.ordered.setdefault(place, {})[key] = None
+            self._guard.tell(self._policy, "add", lambda: self._policy.add(place, chunk))
+
+
+def _is_expired(listing: tuple[object, ...] | None) -> bool:
+    return listing is not None and bool(listing[0])
+
+
+def _has_other(chunk: Chunk, copy: Copy) -> bool:
+    return any(
+        other is not copy and other.state is CopyState.RESIDENT and not other.leaving for other in chunk.copies.values()
+    )
+
+
+def _problem_with(keys: Sequence[ChunkKey], wanted: int, ordered: dict[ChunkKey, None]) -> str | None:
+    if len(keys) != wanted or len(set(keys)) != wanted:
+        return f"named {len(set(keys))} chunks, not {wanted}"
+    strangers = [key for key in keys if key not in ordered]
+    return f"named chunks that may not be evicted: {strangers[:3]}" if strangers else None

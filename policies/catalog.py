@@ -1,0 +1,374 @@
+"""What is stored where: the prefix tree of chunks, their copies, marks, families, recency and ghosts.
+
+Holds state and keeps its indexes in step; decides nothing and sends nothing. A chunk is known as long as it has a copy
+in any state. Every change of a copy goes through `_move`, which checks the table of legal moves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+
+from policies.leases import Leases
+from policies.messages import Cause, ChunkInfo, ChunkKey, Mark, ReplicaId
+from policies.places import Account, Place
+from policies.queue import Order
+
+MAX_CARRIERS = 16  # of a mark inside a chunk: how many chunks are looked at, oldest first
+
+
+class CopyState(StrEnum):
+    SAVING = "saving"  # out of a replica's write buffer into DRAM
+    FETCHING = "fetching"  # from a lower tier or another node into DRAM
+    DEMOTING = "demoting"  # into a lower tier
+    RESIDENT = "resident"  # committed: the only state in which a copy is read
+    DROPPING = "dropping"  # unreadable; its bytes count until the drop is confirmed
+
+
+INCOMING = frozenset({CopyState.SAVING, CopyState.FETCHING, CopyState.DEMOTING})
+
+COPY_MOVES: dict[CopyState | None, frozenset[CopyState | None]] = {
+    None: INCOMING | {CopyState.RESIDENT},
+    CopyState.SAVING: frozenset({CopyState.RESIDENT, None}),
+    CopyState.FETCHING: frozenset({CopyState.RESIDENT, None}),
+    CopyState.DEMOTING: frozenset({CopyState.RESIDENT, None}),
+    CopyState.RESIDENT: frozenset({CopyState.DROPPING}),
+    CopyState.DROPPING: frozenset({None}),
+}
+"""Legal moves of a copy; None is "no such copy"."""
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """One chunk in one place."""
+
+    place: Place
+    state: CopyState
+    num_bytes: int
+    deadline: float = 0.0  # of the command under way: when it is taken as failed (or a Drop is repeated)
+    source: Copy | None = None  # what a Fetch or Demote reads
+    replica_id: ReplicaId | None = None  # whose write buffer a Save reads
+    num_readers: int = 0  # Fetches and Demotes that read this copy
+    holders: set[str] = field(default_factory=set)  # owners of leases
+    leaving: bool = False  # to be dropped as soon as the copy below it is written
+    cause: Cause = Cause.EVICTED  # why it is being dropped
+    listed_as: tuple[object, ...] | None = None  # how the eviction order knows it; None: not a candidate
+
+    @property
+    def is_staying(self) -> bool:
+        return self.state in INCOMING or (self.state is CopyState.RESIDENT and not self.leaving)
+
+    @property
+    def is_live(self) -> bool:
+        return self.state is not CopyState.DROPPING
+
+    @property
+    def is_idle(self) -> bool:
+        """Readable, and nobody reads or pins it: it may be dropped as far as this copy is concerned."""
+        return self.state is CopyState.RESIDENT and not self.num_readers and not self.holders
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """One immutable chunk and its copies. `marks` (key -> end) grows as more marks inside it become known."""
+
+    key: ChunkKey
+    parent: ChunkKey | None
+    start: int
+    end: int
+    num_bytes: int
+    marks: dict[ChunkKey, int]
+    stored_at: float
+    last_used: float
+    copies: dict[Place, Copy] = field(default_factory=dict)
+    next_use: Order | None = None  # the first waiting turn that needs it
+    superseded: bool = False  # a longer chunk serves all its marks; it goes when it is idle
+    expired: bool = False  # unused for longer than a session's time to live
+
+    @property
+    def is_live(self) -> bool:
+        return any(copy.is_live for copy in self.copies.values())
+
+    def resident(self, place: Place) -> Copy | None:
+        copy = self.copies.get(place)
+        return copy if copy is not None and copy.state is CopyState.RESIDENT else None
+
+
+@dataclass(slots=True)
+class Family:
+    """The copies of a chunk's children: how many stay at each place, and how many there are at all."""
+
+    staying: dict[Place, int] = field(default_factory=dict)
+    num_live: int = 0
+
+
+class Catalog:
+    """All indexes over chunks. `watch` is called with every chunk whose standing as a candidate may have changed."""
+
+    def __init__(self, max_ghosts: int) -> None:
+        self.chunks: dict[ChunkKey, Chunk] = {}
+        self.accounts: dict[Place, Account] = {}
+        self.at: dict[Place, dict[ChunkKey, Chunk]] = {}
+        self.inside: dict[ChunkKey, dict[ChunkKey, None]] = {}  # mark -> chunks carrying it before their end, by age
+        self.families: dict[ChunkKey, Family] = {}  # by the parent's key, whether the parent is known or not
+        self.bereaved: set[ChunkKey] = set()  # keys of lost parents whose children live on
+        self.recency: OrderedDict[ChunkKey, None] = OrderedDict()  # least recently used first; without expired chunks
+        self.ghosts: OrderedDict[ChunkKey, Cause] = OrderedDict()
+        self.leases = Leases(self.changed)
+        self.num_tokens = 0
+        self.num_bytes = 0
+        self.watch: Callable[[Chunk], None] = lambda _chunk: None
+        self._max_ghosts = max_ghosts
+
+    # --- marks --------------------------------------------------------------------------------------------------------
+
+    def carriers(self, mark: ChunkKey) -> Iterator[Chunk]:
+        """Chunks that contain the prefix `mark`: the one that ends there, then longer ones, oldest first."""
+        own = self.chunks.get(mark)
+        if own is not None:
+            yield own
+        for key in islice(self.inside.get(mark, ()), MAX_CARRIERS):
+            yield self.chunks[key]
+
+    def representative(self, mark: ChunkKey) -> Chunk | None:
+        """The carrier to which the need for this mark is charged."""
+        own = self.chunks.get(mark)
+        if own is not None and not own.superseded:
+            return own
+        return next((chunk for chunk in self.carriers(mark) if not chunk.superseded), own)
+
+    def covering(self, mark: ChunkKey) -> Chunk | None:
+        """A carrier that has, or is about to have, a readable copy anywhere."""
+        return next((chunk for chunk in self.carriers(mark) if chunk.is_live), None)
+
+    def add_marks(self, chunk: Chunk, marks: tuple[Mark, ...]) -> None:
+        """More prefixes are known to end inside this chunk."""
+        for mark in marks:
+            if mark.key not in chunk.marks and chunk.start < mark.end < chunk.end:
+                chunk.marks[mark.key] = mark.end
+                self.inside.setdefault(mark.key, {})[chunk.key] = None
+                self.ghosts.pop(mark.key, None)
+        self.changed(chunk)
+
+    # --- copies coming ------------------------------------------------------------------------------------------------
+
+    def begin_save(self, info: ChunkInfo, place: Place, now: float) -> Copy | None:
+        """Reserve bytes for a new chunk in DRAM; None, and nothing changes, when they do not fit."""
+        if not self.accounts[place].reserve(info.num_bytes):
+            return None
+        return self._enter(self._learn(info, now), Copy(place, CopyState.SAVING, info.num_bytes))
+
+    def begin_copy(self, chunk: Chunk, place: Place, state: CopyState, source: Copy) -> Copy | None:
+        """Reserve bytes for a Fetch or Demote and hold its source; None, and nothing changes, when they do not fit."""
+        if not self.accounts[place].reserve(chunk.num_bytes):
+            return None
+        source.num_readers += 1
+        return self._enter(chunk, Copy(place, state, chunk.num_bytes, source=source))
+
+    def arrive(self, chunk: Chunk, copy: Copy, now: float, num_bytes: int | None = None, *, used: bool = True) -> None:
+        """An incoming copy is committed (with that many bytes, if measured). Being demoted is not being used."""
+        self._let_go_of_source(chunk, copy)
+        reserved_bytes, copy.num_bytes = copy.num_bytes, copy.num_bytes if num_bytes is None else num_bytes
+        self._count_fetches(copy, -1)
+        self.accounts[copy.place].settle(reserved_bytes, copy.num_bytes)
+        copy.replica_id = None
+        if used:
+            self.touch(chunk, now)
+        self._move(chunk, copy, CopyState.RESIDENT)
+
+    def abandon(self, chunk: Chunk, copy: Copy, cause: Cause) -> None:
+        """An incoming copy will not come."""
+        self._let_go_of_source(chunk, copy)
+        self._count_fetches(copy, -1)
+        self.accounts[copy.place].cancel(copy.num_bytes)
+        copy.cause = cause
+        self._move(chunk, copy, None)
+
+    def adopt(self, info: ChunkInfo, place: Place, now: float) -> Copy:
+        """A committed copy was found in a place where none was known."""
+        self.accounts[place].inherit(info.num_bytes)
+        return self._enter(self._learn(info, now), Copy(place, CopyState.RESIDENT, info.num_bytes))
+
+    # --- copies going -------------------------------------------------------------------------------------------------
+
+    def condemn(self, chunk: Chunk, copy: Copy, cause: Cause) -> None:
+        """A resident copy is read no more; its bytes count until it has vanished."""
+        self.leases.detach(copy)
+        self.set_leaving(chunk, copy, leaving=False)
+        copy.cause = cause
+        self.accounts[copy.place].leaving_bytes += copy.num_bytes
+        self._move(chunk, copy, CopyState.DROPPING)
+
+    def vanish(self, chunk: Chunk, copy: Copy, cause: Cause) -> None:
+        """A resident or dropping copy is gone and its bytes are free."""
+        if copy.state is CopyState.RESIDENT:
+            self.condemn(chunk, copy, cause)
+        account = self.accounts[copy.place]
+        account.leaving_bytes -= copy.num_bytes
+        account.free(copy.num_bytes)
+        copy.cause = cause
+        self._move(chunk, copy, None)
+
+    def lose(self, chunk: Chunk, copy: Copy) -> None:
+        """The node that held the copy, or was about to, is gone."""
+        if copy.state in INCOMING:
+            self.abandon(chunk, copy, Cause.LOST)
+        else:
+            self.vanish(chunk, copy, Cause.LOST)
+
+    def set_leaving(self, chunk: Chunk, copy: Copy, *, leaving: bool) -> None:
+        """Whether a resident copy is to be dropped once the copy below it is written."""
+        if copy.leaving == leaving:
+            return
+        self._count_in_family(chunk, copy, -1)
+        copy.leaving = leaving
+        self._count_in_family(chunk, copy, +1)
+        self.accounts[copy.place].leaving_bytes += copy.num_bytes if leaving else -copy.num_bytes
+        self._settle_kin(chunk)
+        self.changed(chunk)
+
+    # --- use ----------------------------------------------------------------------------------------------------------
+
+    def touch(self, chunk: Chunk, now: float) -> None:
+        chunk.last_used = now
+        chunk.expired = False
+        self.recency[chunk.key] = None
+        self.recency.move_to_end(chunk.key)
+
+    def expire(self, before: float) -> None:
+        """Chunks last used before this time are the first to go from now on."""
+        while self.recency:
+            chunk = self.chunks[next(iter(self.recency))]
+            if chunk.last_used >= before:
+                return
+            del self.recency[chunk.key]
+            chunk.expired = True
+            self.changed(chunk)
+
+    def supersede(self, chunk: Chunk, by: Chunk) -> None:
+        """`by` is longer and serves all marks of `chunk`, its beginning."""
+        self.add_marks(by, tuple(Mark(end, key) for key, end in chunk.marks.items()))
+        chunk.superseded = True
+        self.changed(chunk)
+        self.changed(by)
+
+    def remember(self, mark: ChunkKey, cause: Cause) -> None:
+        """Name the cause for which this prefix is not stored, if it is not."""
+        if mark in self.chunks or mark in self.inside:
+            return
+        self.ghosts[mark] = cause
+        self.ghosts.move_to_end(mark)
+        if len(self.ghosts) > self._max_ghosts:
+            self.ghosts.popitem(last=False)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.num_bytes / self.num_tokens if self.num_tokens else 0.0
+
+    # --- keeping the indexes in step ----------------------------------------------------------------------------------
+
+    def _learn(self, info: ChunkInfo, now: float) -> Chunk:
+        chunk = self.chunks.get(info.key)
+        if chunk is None:
+            marks = {mark.key: mark.end for mark in info.marks}
+            chunk = Chunk(info.key, info.parent, info.start, info.end, info.num_bytes, marks, now, now)
+            self.chunks[info.key] = chunk
+            self.num_tokens += info.end - info.start
+            self.num_bytes += info.num_bytes
+            for mark in marks:
+                self.ghosts.pop(mark, None)
+                if mark != info.key:
+                    self.inside.setdefault(mark, {})[info.key] = None
+        else:
+            self.add_marks(chunk, info.marks)
+        self.touch(chunk, now)
+        return chunk
+
+    def _enter(self, chunk: Chunk, copy: Copy) -> Copy:
+        assert copy.place not in chunk.copies, "there is a copy of this chunk here already"
+        assert copy.state in COPY_MOVES[None]
+        chunk.copies[copy.place] = copy
+        self.at.setdefault(copy.place, {})[chunk.key] = chunk
+        self._count_fetches(copy, +1)
+        self._count_in_family(chunk, copy, +1)
+        self._settle_kin(chunk)
+        self.changed(chunk)
+        return copy
+
+    def _move(self, chunk: Chunk, copy: Copy, state: CopyState | None) -> None:
+        assert state in COPY_MOVES[copy.state], f"a copy cannot go from {copy.state} to {state}"
+        self._count_in_family(chunk, copy, -1)
+        if state is None:
+            del chunk.copies[copy.place]
+            del self.at[copy.place][chunk.key]
+        else:
+            copy.state = state
+            self._count_in_family(chunk, copy, +1)
+        self._settle_kin(chunk, copy.cause)
+        if chunk.copies:
+            self.changed(chunk)
+        else:
+            self._forget(chunk, copy.cause)
+
+    def _forget(self, chunk: Chunk, cause: Cause) -> None:
+        del self.chunks[chunk.key]
+        self.recency.pop(chunk.key, None)
+        self.num_tokens -= chunk.end - chunk.start
+        self.num_bytes -= chunk.num_bytes
+        for mark in chunk.marks:
+            carriers = self.inside.get(mark)
+            if carriers is not None and carriers.pop(chunk.key, 0) is None and not carriers:
+                del self.inside[mark]
+            self.remember(mark, cause)
+        self.changed(chunk)
+
+    def changed(self, chunk: Chunk) -> None:
+        """Tell the watcher, also about the chunks to which the need for a mark may have moved."""
+        self.watch(chunk)
+        for mark in chunk.marks:
+            if mark in self.inside:
+                for other in islice(self.carriers(mark), 2):
+                    if other is not chunk:
+                        self.watch(other)
+
+    def _let_go_of_source(self, chunk: Chunk, copy: Copy) -> None:
+        if copy.source is not None:
+            copy.source.num_readers -= 1
+            copy.source = None
+            self.changed(chunk)
+
+    def _count_fetches(self, copy: Copy, change: int) -> None:
+        if copy.state is CopyState.FETCHING:
+            self.accounts[copy.place].num_fetching += change
+
+    def _count_in_family(self, chunk: Chunk, copy: Copy, change: int) -> None:
+        if chunk.parent is None or chunk.start == 0 or not copy.is_live:
+            return
+        family = self.families.setdefault(chunk.parent, Family())
+        family.num_live += change
+        if copy.is_staying:
+            family.staying[copy.place] = family.staying.get(copy.place, 0) + change
+            if not family.staying[copy.place]:
+                del family.staying[copy.place]
+
+    def _settle_kin(self, chunk: Chunk, cause: Cause | None = None) -> None:
+        """After the chunk's copies changed: keep `bereaved`, and let the watcher look at its parent."""
+        if chunk.key in self.families:
+            if chunk.is_live:
+                self.bereaved.discard(chunk.key)
+            elif cause is not Cause.EVICTED:
+                self.bereaved.add(chunk.key)
+        if chunk.parent is None or chunk.start == 0:
+            return
+        parent = self.chunks.get(chunk.parent)
+        family = self.families.get(chunk.parent)
+        if family is not None and not family.num_live:
+            del self.families[chunk.parent]
+            self.bereaved.discard(chunk.parent)
+        elif family is not None and (parent is None or not parent.is_live):
+            self.bereaved.add(chunk.parent)
+        if parent is not None:
+            self.watch(parent)

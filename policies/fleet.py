@@ -1,0 +1,133 @@
+"""Nodes and replicas: what they can do and what runs on them. Knows no chunks and no queue."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from policies.messages import NodeId, NodeJoined, ReplicaId, ReplicaReady, Tier, TierSpec, TurnId
+from policies.places import STORE_TIERS, Place, place_of
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """A replica and the tokens reserved by each turn on it.
+
+    `stale` holds turns that were cancelled or replaced while they were there: their slots stay taken until the replica
+    says so, or for as long as a command may take.
+    """
+
+    spec: ReplicaReady
+    running: dict[TurnId, int] = field(default_factory=dict)
+    stale: dict[TurnId, int] = field(default_factory=dict)
+    queued: dict[TurnId, int] = field(default_factory=dict)  # dispatched and not started: tokens to compute
+    num_tokens: int = 0
+    num_queued_tokens: int = 0
+    paused: bool = False  # a dispatch failed a moment ago
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.running) + len(self.stale)
+
+    @property
+    def is_open(self) -> bool:
+        return not self.paused and self.num_turns < self.spec.max_running_turns
+
+    def take(self, turn_id: TurnId, num_tokens: int, num_uncached_tokens: int) -> None:
+        self.running[turn_id] = num_tokens
+        self.queued[turn_id] = num_uncached_tokens
+        self.num_tokens += num_tokens
+        self.num_queued_tokens += num_uncached_tokens
+
+    def start(self, turn_id: TurnId) -> None:
+        self.num_queued_tokens -= self.queued.pop(turn_id, 0)
+
+    def release(self, turn_id: TurnId) -> None:
+        """The turn's slot and tokens are free."""
+        self.start(turn_id)
+        self.num_tokens -= self.running.pop(turn_id)
+
+    def make_stale(self, turn_id: TurnId) -> None:
+        """The turn is not wanted any more, but its slot is still taken."""
+        self.start(turn_id)
+        self.stale[turn_id] = self.running.pop(turn_id)
+
+    def release_stale(self, turn_id: TurnId) -> None:
+        self.num_tokens -= self.stale.pop(turn_id)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A node's places, fastest first."""
+
+    node_id: NodeId
+    tiers: dict[Tier, TierSpec]
+    places: tuple[Place, ...]
+
+    def below(self, tier: Tier) -> Place | None:
+        """The next lower tier that this node has."""
+        lower = STORE_TIERS[STORE_TIERS.index(tier) + 1 :]
+        return next((place for place in self.places if place.tier in lower), None)
+
+
+class Fleet:
+    """The nodes that joined and the replicas that are ready."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[NodeId, Node] = {}
+        self.replicas: dict[ReplicaId, Replica] = {}
+        self.hosts: Counter[NodeId] = Counter()  # nodes and their numbers of replicas
+        self.largest_tokens = 0  # the biggest replica's capacity
+        self.dram_budget_bytes = 0
+        self.ssd_budget_bytes = 0
+
+    def add_node(self, event: NodeJoined) -> Node:
+        tiers = {spec.tier: spec for spec in event.tiers if spec.tier in STORE_TIERS}
+        places = tuple(place_of(event.node_id, tier) for tier in STORE_TIERS if tier in tiers)
+        node = self.nodes[event.node_id] = Node(event.node_id, tiers, places)
+        self._sum_budgets()
+        return node
+
+    def remove_node(self, node_id: NodeId) -> None:
+        self.nodes.pop(node_id, None)
+        self._sum_budgets()
+
+    def add_replica(self, spec: ReplicaReady) -> Replica:
+        replica = self.replicas[spec.replica_id] = Replica(spec)
+        self._count_replicas()
+        return replica
+
+    def remove_replica(self, replica_id: ReplicaId) -> None:
+        self.replicas.pop(replica_id, None)
+        self._count_replicas()
+
+    def replicas_on(self, node_id: NodeId) -> list[ReplicaId]:
+        return [replica_id for replica_id, replica in self.replicas.items() if replica.spec.node_id == node_id]
+
+    def places_of(self, node_id: NodeId) -> tuple[Place, ...]:
+        node = self.nodes.get(node_id)
+        return node.places if node else ()
+
+    def has_room(self, replica: Replica, num_tokens: int) -> bool:
+        """Whether the replica can take a turn of so many tokens; one bigger than every replica runs alone."""
+        if not replica.is_open:
+            return False
+        if replica.num_tokens + num_tokens <= replica.spec.max_running_tokens:
+            return True
+        return replica.num_turns == 0 and num_tokens > self.largest_tokens
+
+    def carrier_of(self, place: Place) -> NodeId | None:
+        """A node that can act on this place: itself, or for the shared one any node that has the tier."""
+        if place.tier is not Tier.OBJECT:
+            return place.node_id if place.node_id in self.nodes else None
+        return next((node.node_id for node in self.nodes.values() if place in node.places), None)
+
+    def _count_replicas(self) -> None:
+        self.hosts = Counter(replica.spec.node_id for replica in self.replicas.values())
+        self.largest_tokens = max((replica.spec.max_running_tokens for replica in self.replicas.values()), default=0)
+
+    def _sum_budgets(self) -> None:
+        def total(tier: Tier) -> int:
+            return sum(node.tiers[tier].budget_bytes for node in self.nodes.values() if tier in node.tiers)
+
+        self.dram_budget_bytes, self.ssd_budget_bytes = total(Tier.DRAM), total(Tier.SSD)

@@ -1,0 +1,193 @@
+"""What must hold between any two events: every index compared with every other. For tests; it walks over everything."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from policies.catalog import INCOMING, Catalog, Copy, CopyState
+from policies.dispatching import Dispatcher, TurnState
+from policies.fleet import Fleet
+from policies.messages import ChunkKey, TurnId
+from policies.places import Place
+from policies.queue import WaitingQueue, needed_marks
+
+if TYPE_CHECKING:
+    from policies.scheduler import Scheduler
+
+
+def check(scheduler: Scheduler) -> None:
+    """AssertionError with the first contradiction found."""
+    board = scheduler.board
+    check_bytes(board.catalog)
+    check_copies(board.catalog)
+    check_marks(board.catalog)
+    check_families(board.catalog)
+    check_leases(board.catalog, scheduler.dispatcher)
+    check_candidates(scheduler)
+    check_queue(board.queue, scheduler.dispatcher)
+    check_replicas(board.fleet, scheduler.dispatcher)
+    check_offers(scheduler)
+
+
+def check_bytes(catalog: Catalog) -> None:
+    """Accounts are the sums of their copies and never above their ceilings."""
+    used: Counter[Place] = Counter()
+    reserved: Counter[Place] = Counter()
+    leaving: Counter[Place] = Counter()
+    fetching: Counter[Place] = Counter()
+    for chunk in catalog.chunks.values():
+        for place, copy in chunk.copies.items():
+            (reserved if copy.state in INCOMING else used)[place] += copy.num_bytes
+            if copy.state is CopyState.DROPPING or copy.leaving:
+                leaving[place] += copy.num_bytes
+            fetching[place] += copy.state is CopyState.FETCHING
+    for place, account in catalog.accounts.items():
+        ours = (account.used_bytes, account.reserved_bytes, account.leaving_bytes, account.num_fetching)
+        theirs = (used[place], reserved[place], leaving[place], fetching[place])
+        assert ours == theirs, f"account of {place}: {ours}, its copies: {theirs}"
+        assert account.filled_bytes <= account.ceiling_bytes, f"{place} is over its budget"
+        assert account.ceiling_bytes >= account.budget_bytes
+    assert {*used, *reserved} <= catalog.accounts.keys(), "copies in a place that has no account"
+
+
+def check_copies(catalog: Catalog) -> None:
+    readers: Counter[int] = Counter()
+    for chunk in catalog.chunks.values():
+        assert chunk.copies, f"chunk {chunk.key} has no copy"
+        for place, copy in chunk.copies.items():
+            assert copy.place == place
+            assert catalog.at[place][chunk.key] is chunk
+            assert not copy.leaving or copy.state is CopyState.RESIDENT
+            assert copy.state is CopyState.RESIDENT or not copy.holders, "only resident copies are leased"
+            if copy.state in (CopyState.FETCHING, CopyState.DEMOTING):
+                assert copy.source is not None
+                readers[id(copy.source)] += 1
+            else:
+                assert copy.source is None
+    for chunk in catalog.chunks.values():
+        for copy in chunk.copies.values():
+            assert copy.num_readers == readers[id(copy)], f"readers of {chunk.key} in {copy.place}"
+    for place, chunks in catalog.at.items():
+        assert all(place in chunk.copies for chunk in chunks.values())
+
+
+def check_marks(catalog: Catalog) -> None:
+    inside: defaultdict[ChunkKey, set[ChunkKey]] = defaultdict(set)
+    for key, chunk in catalog.chunks.items():
+        assert chunk.key == key
+        assert chunk.marks[key] == chunk.end
+        for mark, end in chunk.marks.items():
+            assert chunk.start < end <= chunk.end
+            assert mark not in catalog.ghosts, f"mark {mark} is stored and a ghost"
+            if mark != key:
+                inside[mark].add(key)
+    assert {mark: set(keys) for mark, keys in catalog.inside.items()} == dict(inside)
+    assert catalog.num_tokens == sum(chunk.end - chunk.start for chunk in catalog.chunks.values())
+    assert catalog.num_bytes == sum(chunk.num_bytes for chunk in catalog.chunks.values())
+    assert set(catalog.recency) == {key for key, chunk in catalog.chunks.items() if not chunk.expired}
+
+
+def check_families(catalog: Catalog) -> None:
+    """Parents know their children, and outlive them unless they were lost."""
+    live: Counter[ChunkKey] = Counter()
+    staying: defaultdict[ChunkKey, Counter[Place]] = defaultdict(Counter)
+    for chunk in catalog.chunks.values():
+        if chunk.parent is None or chunk.start == 0:
+            continue
+        for copy in chunk.copies.values():
+            live[chunk.parent] += copy.is_live
+            if copy.is_staying:
+                staying[chunk.parent][copy.place] += 1
+    assert {key for key, count in live.items() if count} == catalog.families.keys()
+    for key, family in catalog.families.items():
+        assert family.num_live == live[key]
+        assert family.staying == dict(staying[key])
+        parent = catalog.chunks.get(key)
+        is_orphan = parent is None or not parent.is_live
+        assert not is_orphan or key in catalog.bereaved, f"{key} was given up before its children"
+
+
+def check_leases(catalog: Catalog, dispatcher: Dispatcher) -> None:
+    holders: defaultdict[int, set[TurnId]] = defaultdict(set)
+    for owner, lease in catalog.leases.by_owner.items():
+        record = dispatcher.turns.get(owner)
+        assert record is not None, f"{owner} holds a lease and is not known"
+        assert record.state is TurnState.DISPATCHED, f"{owner} holds a lease and is {record.state}"
+        assert lease.deadline > 0.0 or lease.deadline == lease.deadline
+        assert lease.held, f"the lease of {owner} holds nothing"
+        for chunk, copy in lease.held:
+            assert catalog.chunks.get(chunk.key) is chunk
+            assert chunk.copies.get(copy.place) is copy
+            holders[id(copy)].add(owner)
+    for chunk in catalog.chunks.values():
+        for copy in chunk.copies.values():
+            assert copy.holders == holders[id(copy)], f"leases on {chunk.key} in {copy.place}"
+
+
+def check_candidates(scheduler: Scheduler) -> None:
+    """Next uses and candidacies are what they would be if they were found anew."""
+    catalog, candidates = scheduler.board.catalog, scheduler.board.candidates
+    ordered: defaultdict[Place, set[ChunkKey]] = defaultdict(set)
+    expired: defaultdict[Place, set[ChunkKey]] = defaultdict(set)
+    for chunk in catalog.chunks.values():
+        assert chunk.next_use == candidates.find_next_use(chunk), f"next use of {chunk.key}"
+        family = catalog.families.get(chunk.key)
+        for copy in chunk.copies.values():
+            listing = candidates.find_listing(chunk, copy, family)
+            assert copy.listed_as == listing, f"{chunk.key} in {copy.place}: {copy.listed_as}, should be {listing}"
+            if listing is not None:
+                (expired if listing[0] else ordered)[copy.place].add(chunk.key)
+                _check_evictable(copy)
+    for listed, found in ((candidates.ordered, ordered), (candidates.expired, expired)):
+        assert {place: set(keys) for place, keys in listed.items() if keys} == dict(found)
+
+
+def _check_evictable(copy: Copy) -> None:
+    assert copy.state is CopyState.RESIDENT
+    assert not copy.holders
+    assert not copy.num_readers
+
+
+def check_queue(queue: WaitingQueue, dispatcher: Dispatcher) -> None:
+    waiting = {turn_id: record for turn_id, record in dispatcher.turns.items() if record.is_waiting}
+    assert len(queue) == len(waiting)
+    ready = {record.order for record in waiting.values() if record.state is TurnState.WAITING}
+    assert set(dispatcher.ready) == ready
+    awaited: defaultdict[ChunkKey, set[TurnId]] = defaultdict(set)
+    needs: defaultdict[ChunkKey, list[tuple[int, int]]] = defaultdict(list)
+    for turn_id, record in waiting.items():
+        assert queue.order_of(turn_id) == record.order
+        assert queue.turn_at(record.order) == turn_id
+        assert bool(record.awaited) == (record.state is TurnState.FETCHING)
+        for key in record.awaited:
+            awaited[key].add(turn_id)
+        for mark in needed_marks(record.turn):
+            needs[mark].append(record.order)
+    assert dispatcher.waiting_for == dict(awaited)
+    for mark, orders in needs.items():
+        assert queue.next_use(mark) == min(orders)
+
+
+def check_replicas(fleet: Fleet, dispatcher: Dispatcher) -> None:
+    placed: defaultdict[str, set[TurnId]] = defaultdict(set)
+    for turn_id, record in dispatcher.turns.items():
+        if not record.is_waiting:
+            assert record.replica_id is not None
+            placed[record.replica_id].add(turn_id)
+    assert placed.keys() <= fleet.replicas.keys(), "a turn runs on a replica that is not known"
+    for replica_id, replica in fleet.replicas.items():
+        assert set(replica.running) == placed[replica_id]
+        assert replica.queued.keys() <= replica.running.keys()
+        assert replica.num_tokens == sum(replica.running.values()) + sum(replica.stale.values())
+        assert replica.num_queued_tokens == sum(replica.queued.values())
+        assert replica.num_turns <= replica.spec.max_running_turns
+        if replica.num_turns > 1:
+            assert replica.num_tokens <= replica.spec.max_running_tokens
+
+
+def check_offers(scheduler: Scheduler) -> None:
+    for node_id, pending in scheduler.saver.pending.items():
+        assert len(pending) <= scheduler.config.max_pending_offers
+        assert not pending or node_id in scheduler.board.fleet.nodes
+        assert all(offer.info.key == key for key, offer in pending.items())

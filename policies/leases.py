@@ -1,0 +1,56 @@
+"""Leases: pins on copies with an owner and a deadline. Nothing else keeps an idle copy from being dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from policies.catalog import Chunk, Copy
+
+
+@dataclass(slots=True)
+class Lease:
+    deadline: float
+    held: list[tuple[Chunk, Copy]] = field(default_factory=list)
+
+
+class Leases:
+    """One lease per owner (a turn) over all copies its plan reads. `changed` hears of chunks whose pins changed."""
+
+    def __init__(self, changed: Callable[[Chunk], None]) -> None:
+        self.by_owner: dict[str, Lease] = {}
+        self._changed = changed
+
+    def __len__(self) -> int:
+        return len(self.by_owner)
+
+    def grant(self, owner: str, held: Iterable[tuple[Chunk, Copy]], deadline: float) -> None:
+        """Pin these copies for the owner, in place of what it held before. Nothing to hold makes no lease."""
+        self.release(owner)
+        lease = Lease(deadline, list(held))
+        if not lease.held:
+            return
+        self.by_owner[owner] = lease
+        for chunk, copy in lease.held:
+            copy.holders.add(owner)
+            self._changed(chunk)
+
+    def release(self, owner: str) -> None:
+        """Unpin what the owner holds; no lease is fine."""
+        lease = self.by_owner.pop(owner, None)
+        if lease is None:
+            return
+        for chunk, copy in lease.held:
+            copy.holders.discard(owner)
+            self._changed(chunk)
+
+    def detach(self, copy: Copy) -> None:
+        """The copy is going although it is pinned (lost or corrupt): its holders keep the rest of their leases."""
+        for owner in copy.holders:
+            lease = self.by_owner[owner]
+            lease.held = [(chunk, other) for chunk, other in lease.held if other is not copy]
+            if not lease.held:
+                del self.by_owner[owner]
+        copy.holders.clear()

@@ -1,0 +1,251 @@
+"""The scheduler: one door. `handle(event, now)` takes what happened and the time, and returns what is to be done.
+
+A pure state machine: no clock, no randomness, no I/O, no tokens. Its work is shared by desks over one Board:
+
+    Dispatcher  turns: waiting, chunks on their way, dispatched, running
+    Saver       offers of new chunks: Save or Decline, write-through
+    Fetcher     raising chunks to DRAM, on demand and ahead of need
+    Evictor     watermarks, making room, copies that leave or are lost
+
+Every event is handled by one desk; then the desks settle what follows from it until nothing changes. Events may come
+late, twice or out of order (actors die and answers cross): what does not fit the state is counted as stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from policies import messages as m
+from policies.admission import AdmissionPolicy
+from policies.board import Board
+from policies.candidates import Candidates
+from policies.catalog import Catalog
+from policies.dispatching import Dispatcher
+from policies.evicting import Evictor
+from policies.eviction import EvictionPolicy
+from policies.fetching import Fetcher
+from policies.fleet import Fleet
+from policies.placement import PlacementPolicy
+from policies.places import Account, Place
+from policies.plugins import Guard, load_policy, require_verbs
+from policies.prefetch import PrefetchPolicy
+from policies.queue import WaitingQueue
+from policies.saving import Saver
+
+MAX_ROUNDS = 8  # of settling after one event; what is left over waits for the next
+
+_VERBS = {
+    "eviction": ("add", "remove", "victims", "may_drop"),
+    "prefetch": ("window", "choose"),
+    "placement": ("choose",),
+    "admission": ("admit",),
+}
+
+
+class Scheduler:
+    """See the module's docstring. Policies may be given as objects; otherwise the config's import paths are used."""
+
+    def __init__(
+        self,
+        config: m.SchedulerConfig | None = None,
+        *,
+        eviction: EvictionPolicy | None = None,
+        prefetch: PrefetchPolicy | None = None,
+        placement: PlacementPolicy | None = None,
+        admission: AdmissionPolicy | None = None,
+    ) -> None:
+        """ValueError, with advice, for a policy that cannot be found or lacks a verb."""
+        self.config = config or m.SchedulerConfig()
+        catalog, queue, guard = Catalog(self.config.ghosts), WaitingQueue(), Guard()
+        candidates = Candidates(catalog, queue, cast(EvictionPolicy, self._policy("eviction", eviction)), guard)
+        catalog.watch = candidates.refresh
+        self.board = Board(self.config, catalog, queue, Fleet(), candidates, guard)
+        self.evictor = Evictor(self.board)
+        self.saver = Saver(self.board, self.evictor, cast(AdmissionPolicy, self._policy("admission", admission)))
+        self.fetcher = Fetcher(self.board, self.evictor, cast(PrefetchPolicy, self._policy("prefetch", prefetch)))
+        self.dispatcher = Dispatcher(
+            self.board, self.fetcher, cast(PlacementPolicy, self._policy("placement", placement))
+        )
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            m.TurnSubmitted: lambda event: self.dispatcher.submit(event.turn),
+            m.TurnCancelled: self._on_cancelled,
+            m.TurnStarted: self.dispatcher.on_started,
+            m.TurnFinished: self.dispatcher.on_finished,
+            m.ChunksReady: self.saver.on_ready,
+            m.ChunksSaved: self.saver.on_saved,
+            m.ChunkFetched: self.fetcher.on_fetched,
+            m.ChunkDemoted: self.evictor.on_demoted,
+            m.ChunkDropped: self.evictor.on_dropped,
+            m.ChunkLost: self.evictor.on_lost,
+            m.CommandFailed: self._on_failed,
+            m.NodeJoined: self._on_node_joined,
+            m.NodeLost: self._on_node_lost,
+            m.ReplicaReady: self._on_replica_ready,
+            m.ReplicaLost: self._on_replica_lost,
+            m.Tick: self._on_tick,
+        }
+
+    def _policy(self, kind: str, given: object | None) -> object:
+        policy = load_policy(kind, getattr(self.config, kind)) if given is None else given
+        require_verbs(kind, policy, _VERBS[kind])
+        return policy
+
+    # --- the door -----------------------------------------------------------------------------------------------------
+
+    def handle(self, event: m.Event, now: float) -> list[m.Command]:
+        """One event at the time `now` (seconds, any origin; never backwards). Returns the commands, in order."""
+        board = self.board
+        board.begin(now)
+        board.counters[f"events.{type(event).__name__}"] += 1
+        board.timers.run_due(board.now)
+        self._handlers[type(event)](event)
+        self._settle()
+        return board.outbox
+
+    def _settle(self) -> None:
+        """What follows from the event: watermarks, offers that fit now, turns that can go, fetches ahead."""
+        for _ in range(MAX_ROUNDS):
+            self._settle_places()
+            self._settle_chunks()
+            self._settle_nodes()
+            self.dispatcher.run()
+            self.fetcher.prefetch()
+            board = self.board
+            if not (board.changed_places or board.changed_chunks or board.freed_nodes):
+                return
+
+    def _settle_places(self) -> None:
+        self.evictor.retire_superseded()
+        places, self.board.changed_places = self.board.changed_places, set()
+        for place in sorted(places):
+            self.evictor.relieve(place)
+
+    def _settle_chunks(self) -> None:
+        keys, self.board.changed_chunks = self.board.changed_chunks, set()
+        for key in sorted(keys):
+            self.dispatcher.note_chunk(key)
+            chunk = self.board.catalog.chunks.get(key)
+            if chunk is not None and chunk.next_use is not None:
+                self.fetcher.note_waiting(chunk.next_use)
+
+    def _settle_nodes(self) -> None:
+        nodes, self.board.freed_nodes = self.board.freed_nodes, set()
+        for node_id in sorted(nodes):
+            self.saver.retry(node_id)
+            self.dispatcher.note_freed(node_id)
+            self.fetcher.note_change()
+
+    # --- events that concern several desks ----------------------------------------------------------------------------
+
+    def _on_cancelled(self, event: m.TurnCancelled) -> None:
+        if not self.dispatcher.cancel(event.turn_id):
+            self.board.note_stale("TurnCancelled")
+
+    def _on_failed(self, event: m.CommandFailed) -> None:
+        command = event.command
+        match command:
+            case m.Dispatch():
+                self.dispatcher.on_dispatch_failed(command)
+            case m.Save():
+                self.saver.on_save_failed(command)
+            case m.Fetch():
+                self.fetcher.on_fetch_failed(command)
+            case m.Demote():
+                self.evictor.on_demote_failed(command)
+            case m.Drop():
+                self.evictor.on_drop_failed(command)
+            case m.Decline() | m.Cancel():
+                pass  # a Cancel has its own deadline, a Decline needs no answer
+
+    def _on_node_joined(self, event: m.NodeJoined) -> None:
+        """The same node again replaces what was known of it: its shared place and its replicas stay."""
+        if event.node_id in self.board.fleet.nodes:
+            self._forget_node(event.node_id)
+        node = self.board.fleet.add_node(event)
+        for place in node.places:
+            spec = node.tiers[place.tier]
+            account = self.board.catalog.accounts.get(place)
+            if account is None:
+                self.board.catalog.accounts[place] = Account(spec.budget_bytes, spec.bytes_per_s)
+            else:
+                account.revise(spec)
+        self.saver.adopt_inventory(event)
+        self.board.changed_places.update(node.places)
+        self.board.freed_nodes.add(event.node_id)
+        self.dispatcher.note_change()
+
+    def _on_node_lost(self, event: m.NodeLost) -> None:
+        if event.node_id not in self.board.fleet.nodes:
+            self.board.note_stale("NodeLost")
+            return
+        self._forget_node(event.node_id)
+        self.dispatcher.note_freed(event.node_id)
+
+    def _forget_node(self, node_id: m.NodeId) -> None:
+        self.saver.forget_node(node_id)
+        self.evictor.lose_places(node_id)
+        self.board.fleet.remove_node(node_id)
+        self.fetcher.note_change()
+
+    def _on_replica_ready(self, event: m.ReplicaReady) -> None:
+        """The same replica again: it restarted, and what ran on it and lay in its write buffer is gone."""
+        if event.replica_id in self.board.fleet.replicas:
+            self._forget_replica(event.replica_id)
+        self.board.fleet.add_replica(event)
+        self.dispatcher.note_change()
+        self.fetcher.note_change()
+
+    def _on_replica_lost(self, event: m.ReplicaLost) -> None:
+        if event.replica_id not in self.board.fleet.replicas:
+            self.board.note_stale("ReplicaLost")
+            return
+        self._forget_replica(event.replica_id)
+
+    def _forget_replica(self, replica_id: m.ReplicaId) -> None:
+        self.dispatcher.forget_replica(replica_id)
+        self.saver.forget_replica(replica_id)
+        self.board.fleet.remove_replica(replica_id)
+
+    def _on_tick(self, _: m.Tick) -> None:
+        self.board.catalog.expire(self.board.now - self.config.session_ttl_s)
+        self.board.changed_places.update(self.board.catalog.accounts)
+        self.fetcher.note_change()
+
+    # --- looking in ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """AssertionError unless every index agrees with every other (see invariants.py). Slow: for tests and doubts."""
+        from policies.invariants import check
+
+        check(self)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain numbers, for metrics."""
+        board = self.board
+        states = [record.state for record in self.dispatcher.turns.values()]
+        return {
+            "turns_waiting": len(board.queue),
+            "turns_running": len(states) - len(board.queue),
+            "chunks": len(board.catalog.chunks),
+            "ghosts": len(board.catalog.ghosts),
+            "leases": len(board.catalog.leases),
+            "offers_pending": sum(map(len, self.saver.pending.values())),
+            "replicas": len(board.fleet.replicas),
+            "nodes": len(board.fleet.nodes),
+            "tiers": {_name(place): _figures(account) for place, account in board.catalog.accounts.items()},
+            "counters": dict(board.counters),
+            "policy_faults": dict(board.guard.num_faults),
+        }
+
+
+def _name(place: Place) -> str:
+    return f"{place.node_id}/{place.tier}"
+
+
+def _figures(account: Account) -> dict[str, int]:
+    return {
+        "budget_bytes": account.budget_bytes,
+        "used_bytes": account.used_bytes,
+        "reserved_bytes": account.reserved_bytes,
+    }

@@ -1,0 +1,275 @@
+"""The main job on a real local cluster: real actors, real files, a small model in fp32."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from actors.engine.sampling import SamplingParams
+from cluster import bringup
+from cluster.batch import BatchOptions, Listener, run_batch
+from cluster.config import Config, config_from
+from cluster.conversations import InputError
+from cluster.results import Row
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
+
+KIB = 1024
+SYSTEM = "You are a careful guide. " * 12
+NUM_CONVERSATIONS, NUM_TURNS = 4, 4
+ANSWER_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations with a shared system prompt and long first questions."""
+    file = tmp_path_factory.mktemp("input") / "chats.jsonl"
+    lines = []
+    for i in range(NUM_CONVERSATIONS):
+        messages = [{"role": "system", "content": SYSTEM}]
+        for turn in range(NUM_TURNS):
+            words = f"Question {turn} of traveller {i}: what about place {i * 7 + turn}? " * (6 if turn == 0 else 2)
+            messages.append({"role": "user", "content": words})
+            messages.append({"role": "assistant", "content": f"Recorded answer {turn} for {i}."})
+        lines.append(json.dumps({"id": f"chat-{i}", "messages": messages}))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def config_for(model: Path, *, replicas: int = 1, **store: Any) -> Config:
+    return config_from(
+        {
+            "model": {
+                "path": str(model),
+                "chunk_tokens": 32,
+                "block_tokens": 8,
+                "kv_tokens": 4096,
+                "max_step_tokens": 128,
+                "num_threads": 1,
+            },
+            "store": {"dram_bytes": 64 << 20, **store},
+            "cluster": {"num_replicas": replicas, "heartbeat_s": 0.3},
+        }
+    )
+
+
+def options_for(chats: Path, out: Path, **changes: Any) -> BatchOptions:
+    sampling = SamplingParams(max_new_tokens=ANSWER_TOKENS, ignore_eos=True)
+    return BatchOptions(input=str(chats), out=str(out), **{"concurrency": 3, "sampling": sampling, **changes})
+
+
+def answers(out: Path) -> dict[tuple[str, int], list[int]]:
+    rows = [json.loads(line) for line in (out / "turns.jsonl").read_text().splitlines()]
+    return {(row["conversation_id"], row["turn"]): row["answer_token_ids"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    local_ray: None, small_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    report = run_batch(config_for(small_model), options_for(chats, out, compare=True), Listener())
+    return out, report
+
+
+def check_accounts(report: dict[str, Any]) -> None:
+    assert report["turns"] == NUM_CONVERSATIONS * NUM_TURNS
+    assert report["failed_turns"] == 0
+    assert report["unaccounted_tokens"] == 0
+    assert report["ray_spilled_bytes"] == 0
+    assert report["ray_fallback_bytes"] == 0
+    for tier, peak in report["peak_bytes"].items():
+        assert peak <= report["budget_bytes"][tier]
+
+
+def test_reuse_changes_no_answer_and_every_token_is_accounted_for(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    out, report = undisturbed
+    check_accounts(report)
+    assert report["answers_differing"] == 0
+    assert report["hit_rate"] > 0.6
+    assert set(report["recomputed_tokens"]) <= {"never_stored", "last_token"}
+    assert all(len(ids) == ANSWER_TOKENS for ids in answers(out).values())
+    rows = pq.read_table(out / "parquet").to_pylist()
+    assert len(rows) == report["turns"]
+    for row in rows:
+        counts = [*row["reused_tokens"].values(), *row["recomputed_tokens"].values()]
+        assert sum(count or 0 for count in counts) == row["prompt_tokens"]
+    reuse_off = pq.read_table(out / "reuse_off" / "parquet").to_pylist()
+    assert all(row["recomputed_tokens"]["reuse_off"] == row["prompt_tokens"] for row in reuse_off)
+
+
+def test_returning_turns_reuse_all_of_their_history(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = undisturbed
+    rows = {
+        (row["conversation_id"], row["turn"]): row
+        for row in map(json.loads, (out / "turns.jsonl").read_text().splitlines())
+    }
+    for (conversation, turn), row in rows.items():
+        if turn:
+            before = rows[conversation, turn - 1]
+            history = before["prompt_tokens"] + before["answer_tokens"] - 1  # the last token's KV was never computed
+            assert sum(row["reused_tokens"].values()) == history, (conversation, turn)
+
+
+def test_the_shared_system_prompt_is_hit_across_sessions(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = undisturbed
+    first_turns = [json.loads(line) for line in (out / "turns.jsonl").read_text().splitlines()]
+    reused = [sum(row["reused_tokens"].values()) for row in first_turns if row["turn"] == 0]
+    assert sum(count >= 32 for count in reused) >= 1
+
+
+def test_little_dram_and_an_ssd_give_the_same_answers(
+    undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_model, dram_bytes=300 * KIB, ssd_url=f"file://{tmp_path / 'ssd'}", ssd_bytes=64 << 20)
+    report = run_batch(config, options_for(chats, tmp_path / "out"), Listener())
+    check_accounts(report)
+    assert answers(tmp_path / "out") == answers(undisturbed[0])
+    assert report["peak_bytes"]["dram"] <= 300 * KIB < report["stored_bytes"]["ssd"]
+    assert report["reused_tokens"]["ssd"] > 0
+
+    again = run_batch(config, options_for(chats, tmp_path / "again"), Listener())
+    check_accounts(again)
+    assert answers(tmp_path / "again") == answers(undisturbed[0])
+    first = [row for row in map(json.loads, (tmp_path / "again" / "turns.jsonl").read_text().splitlines())]
+    assert all(sum(row["reused_tokens"].values()) == row["prompt_tokens"] - 1 for row in first)
+
+
+def test_without_room_nothing_is_wrong(
+    undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_model, dram_bytes=120 * KIB)
+    report = run_batch(config, options_for(chats, tmp_path / "out"), Listener())
+    check_accounts(report)
+    assert answers(tmp_path / "out") == answers(undisturbed[0])
+    assert {"evicted", "declined"} & set(report["recomputed_tokens"])
+
+
+def test_two_replicas_share_the_store(
+    undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    report = run_batch(config_for(small_model, replicas=2), options_for(chats, tmp_path / "out"), Listener())
+    check_accounts(report)
+    assert answers(tmp_path / "out") == answers(undisturbed[0])
+
+
+def test_recorded_answers_can_be_the_history(small_model: Path, chats: Path, tmp_path: Path) -> None:
+    options = options_for(chats, tmp_path / "out", history="recorded", compare=True)
+    report = run_batch(config_for(small_model), options, Listener())
+    check_accounts(report)
+    assert report["answers_differing"] == 0
+    assert report["hit_rate"] > 0.5
+
+
+def _disturb(
+    monkeypatch: pytest.MonkeyPatch, harm: Callable[[bringup.Running], None], after_turns: int = 5
+) -> Listener:
+    """A listener that does harm to the running cluster after a few turns."""
+    cluster: list[bringup.Running] = []
+    bring_up = bringup._bring_up
+
+    def remember(config: Config, actors: list[Any]) -> bringup.Running:
+        cluster.append(bring_up(config, actors))
+        return cluster[0]
+
+    monkeypatch.setattr(bringup, "_bring_up", remember)
+    seen: list[Row] = []
+
+    def turn_done(row: Row) -> None:
+        seen.append(row)
+        if len(seen) == after_turns:
+            threading.Thread(target=harm, args=(cluster[0],)).start()
+
+    return Listener(turn_done=turn_done)
+
+
+def _kill_replica(cluster: bringup.Running) -> None:
+    ray.kill(next(iter(cluster.replicas.values())), no_restart=False)
+
+
+def _kill_scheduler(cluster: bringup.Running) -> None:
+    ray.kill(cluster.scheduler, no_restart=False)
+
+
+def _kill_store(cluster: bringup.Running) -> None:
+    ray.kill(next(iter(cluster.stores.values())), no_restart=False)
+
+
+def _kill_shard(cluster: bringup.Running) -> None:
+    pid = cluster.replica_stats()[0]["pid"]
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("harm", [_kill_replica, _kill_scheduler, _kill_store, _kill_shard])
+def test_a_dead_actor_costs_time_and_nothing_else(
+    harm: Callable[[bringup.Running], None],
+    undisturbed: tuple[Path, dict[str, Any]],
+    small_model: Path,
+    chats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listener = _disturb(monkeypatch, harm)
+    config = config_for(small_model, ssd_url=str(tmp_path / "ssd"), ssd_bytes=64 << 20)
+    report = run_batch(config, options_for(chats, tmp_path / "out"), listener)
+    assert report["turns"] == NUM_CONVERSATIONS * NUM_TURNS
+    assert report["failed_turns"] == 0
+    assert report["unaccounted_tokens"] == 0
+    assert answers(tmp_path / "out") == answers(undisturbed[0])
+
+
+def test_corrupt_files_are_misses(
+    undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_model, dram_bytes=300 * KIB, ssd_url=str(tmp_path / "ssd"), ssd_bytes=64 << 20)
+    run_batch(config, options_for(chats, tmp_path / "first"), Listener())
+    for file in (tmp_path / "ssd").rglob("*.arrow"):
+        data = bytearray(file.read_bytes())
+        data[-len(data) // 3] ^= 0x40
+        file.write_bytes(data)
+    report = run_batch(config, options_for(chats, tmp_path / "out"), Listener())
+    assert report["failed_turns"] == 0
+    assert report["unaccounted_tokens"] == 0
+    assert answers(tmp_path / "out") == answers(undisturbed[0])
+    assert report["recomputed_tokens"]["corrupt"] > 0
+
+
+def test_a_prompt_beyond_the_window_ends_its_conversation_only(small_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    long_one = {
+        "id": "long",
+        "messages": [{"role": "user", "content": "word " * 6000}, {"role": "user", "content": "?"}],
+    }
+    short_one = {"id": "short", "messages": [{"role": "user", "content": "Hello"}]}
+    file.write_text(json.dumps(long_one) + "\n" + json.dumps(short_one) + "\nnot json\n")
+    problems: list[str] = []
+    listener = Listener(problem=lambda problem: problems.append(f"{problem.where}: {problem.what}"))
+    report = run_batch(config_for(small_model), options_for(file, tmp_path / "out"), listener)
+    assert (report["turns"], report["failed_turns"], report["skipped_conversations"]) == (3, 2, 2)
+    assert any(line.startswith(f"{file}:3: ") for line in problems)
+    assert any(f"{file}:1: turn 0: the prompt has" in line for line in problems)
+
+
+def test_strict_stops_at_the_first_problem(small_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": []}\n')
+    with pytest.raises(InputError, match=r"chats\.jsonl:1"):
+        run_batch(config_for(small_model), options_for(file, tmp_path / "out", strict=True), Listener())
+
+
+def test_arrivals_and_think_times_take_their_time(small_model: Path, chats: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    options = options_for(chats, tmp_path / "out", limit=2, think_time_s=0.3, arrival_rate=5.0, seed=3)
+    report = run_batch(config_for(small_model), options, Listener())
+    assert report["turns"] == 2 * NUM_TURNS
+    assert time.monotonic() - began > 0.5

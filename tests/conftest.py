@@ -1,0 +1,49 @@
+"""Shared by all tests: one local Ray cluster for the shells, small models made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before ray and torch are imported anywhere.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    os.environ.setdefault(name, "testing")
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray cluster of one node with a small object store; one that runs already is used and left alone."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        num_cpus=2,
+        object_store_memory=256 * MIB,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _system_config={"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of about a million parameters, fp32."""
+    from cluster.tiny_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    make_tiny_model(folder, size="test", dtype="float32", seed=0)
+    return folder

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from actors.engine.blocks import BlockPool, BlockTable, KVPool
+from storage.format import LayerShape
+
+
+def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
+    pool = BlockPool(4)
+    taken = pool.take(3)
+    pool.hold(taken[:1])
+    pool.release(taken)
+    assert pool.num_free == 3
+    pool.release(taken[:1])
+    assert pool.num_free == 4
+    pool.check()
+
+
+def test_blocks_that_come_back_are_taken_as_neighbours_again() -> None:
+    pool = BlockPool(8)
+    first, second = pool.take(4), pool.take(3)
+    pool.release(first)
+    pool.release(second)
+    table = BlockTable(4)
+    table.append(pool.take(7))
+    assert table.blocks[:3] == second
+    assert table.blocks[3:] == first
+
+
+def test_taking_too_many_takes_none() -> None:
+    pool = BlockPool(2)
+    with pytest.raises(ValueError, match="3 blocks wanted, 2 free"):
+        pool.take(3)
+    assert pool.num_free == 2
+
+
+def test_freeing_twice_and_holding_a_free_block_are_errors() -> None:
+    pool = BlockPool(2)
+    [block] = pool.take(1)
+    pool.release([block])
+    with pytest.raises(ValueError, match="free already"):
+        pool.release([block])
+    with pytest.raises(ValueError, match="cannot be held"):
+        pool.hold([block])
+    pool.check()
+
+
+def test_random_use_never_hands_out_a_held_block() -> None:
+    rng = random.Random(0)
+    pool = BlockPool(20)
+    held: list[int] = []
+    for _ in range(2000):
+        action = rng.choice(["take", "hold", "release"])
+        if action == "take" and pool.num_free:
+            taken = pool.take(rng.randint(1, pool.num_free))
+            assert not set(taken) & set(held)
+            held += taken
+        elif held:
+            block = rng.choice(held)
+            if action == "hold":
+                pool.hold([block])
+                held.append(block)
+            else:
+                pool.release([block])
+                held.remove(block)
+        assert pool.num_free == 20 - len(set(held))
+    pool.check()
+
+
+@pytest.mark.parametrize(("blocks", "first"), [([3, 4, 5], 3), ([3, 5, 4], None), ([], None)])
+def test_rows_of_neighbours_and_of_scattered_blocks(blocks: list[int], first: int | None) -> None:
+    table = BlockTable(4)
+    table.append(blocks[:1])
+    table.append(blocks[1:])
+    assert table.first_if_contiguous == first
+    expected = [block * 4 + i for block in blocks for i in range(4)]
+    assert table.rows(0, table.num_tokens).tolist() == expected
+    assert table.rows(2, max(2, table.num_tokens - 1)).tolist() == expected[2:-1]
+    assert table.pages(torch.device("cpu")).tolist() == blocks
+
+
+def test_the_pool_gives_back_what_was_written() -> None:
+    shapes = [LayerShape(num_kv_heads=2, k_dim=4, v_dim=6)] * 2
+    pool = KVPool(shapes, 3, 4, torch.float32, torch.device("cpu"))
+    rows = torch.tensor([9, 2, 11])
+    keys, values = torch.randn(3, 2, 4), torch.randn(3, 2, 6)
+    pool.write(1, rows, keys, values)
+    assert torch.equal(pool.read(1, rows)[0], keys)
+    assert torch.equal(pool.read(1, rows)[1], values)
+    assert torch.equal(pool.keys[1][2, 1], keys[0])  # row 9 is token 1 of block 2
+    assert float(pool.keys[0].abs().sum()) == 0

@@ -1,0 +1,441 @@
+"""A small cluster that carries out the scheduler's commands badly.
+
+Commands wait until they are executed in any order; answers wait until they are heard in any order. In an unreliable
+world commands and answers are also lost, repeated and late, nodes and replicas die and come back, copies rot. What is
+really stored where is kept here, byte by byte, with the budgets that real stores would enforce. All choices come from a
+byte string, so a failing run can be repeated and shrunk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from policies import messages as m
+from policies.places import SHARED
+from policies.scheduler import Scheduler
+
+from tests.policies.texts import C, Tokens, chunk_of, key_of, tokens_of, turn_of
+
+T = TypeVar("T")
+
+
+class Choices:
+    """Decisions read from a byte string: 0, the tamest one, when it is used up."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    @property
+    def is_used_up(self) -> bool:
+        return self._at >= len(self._data)
+
+    def below(self, count: int) -> int:
+        if self.is_used_up or count < 2:
+            return 0
+        self._at += 1
+        return self._data[self._at - 1] % count
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.below(len(options))]
+
+    def once_in(self, count: int) -> bool:
+        return self.below(count) == count - 1
+
+
+@dataclass
+class StoreSim:
+    """A node's store: what its tiers really hold. OBJECT is the world's bucket."""
+
+    node_id: str
+    budgets: dict[m.Tier, int]
+    content: dict[m.Tier, dict[str, m.ChunkInfo]]
+    life: int = 0  # counts restarts: commands to an earlier life have no effect
+    is_alive: bool = True
+
+    def used(self, tier: m.Tier) -> int:
+        return sum(info.num_bytes for info in self.content[tier].values())
+
+    def put(self, tier: m.Tier, info: m.ChunkInfo) -> bool:
+        """Whether there was room. The budget is the store's own, too."""
+        if info.key not in self.content[tier]:
+            if self.used(tier) + info.num_bytes > self.budgets[tier]:
+                return False
+            self.content[tier][info.key] = info
+        return True
+
+
+@dataclass
+class Job:
+    """A turn on a replica."""
+
+    talk: Talk
+    turn: m.Turn
+    attempt: int
+    tokens: Tokens
+    plan: m.RestorePlan
+    began: float
+    has_started: bool = False
+    num_answered: int = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        """Its client still listens to this attempt."""
+        return self.talk.turn is self.turn and self.talk.attempt == self.attempt
+
+
+@dataclass
+class ReplicaSim:
+    spec: m.ReplicaReady
+    jobs: dict[str, Job] = field(default_factory=dict)
+    buffer: dict[str, m.ChunkInfo] = field(default_factory=dict)
+    life: int = 0
+    is_alive: bool = True
+
+
+@dataclass
+class Talk:
+    """A conversation and its client. `turn` is the one it waits for, if any; `attempt` grows when it asks again."""
+
+    name: int
+    tokens: Tokens
+    cuts: list[int]
+    turn: m.Turn | None = None
+    attempt: int = 0
+    num_turns: int = 0
+    num_done: int = 0
+
+
+@dataclass
+class Task:
+    """A command on its way to its actor."""
+
+    command: m.Command
+    life: int
+    attempt: int
+    sent: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    config: m.SchedulerConfig
+    num_nodes: int = 2
+    num_replicas: int = 2
+    dram_bytes: int = 300
+    ssd_bytes: int = 600
+    object_bytes: int = 0  # 0: no such tier
+    max_running_turns: int = 2
+    max_running_tokens: int = 64
+    is_reliable: bool = False
+
+
+class World:
+    """Feeds one scheduler and checks, after every event, both its indexes and what is really stored."""
+
+    def __init__(self, setup: Setup, data: bytes, **policies: object) -> None:
+        self.setup, self.choices = setup, Choices(data)
+        self.scheduler = Scheduler(setup.config, **policies)  # type: ignore[arg-type]
+        self.now = 0.0
+        self.bucket: dict[str, m.ChunkInfo] = {}
+        self.tasks: list[Task] = []
+        self.mail: list[m.Event] = []
+        self.talks: list[Talk] = []
+        self.stores = [self._make_store(f"n{number}") for number in range(setup.num_nodes)]
+        self.replicas = [self._make_replica(number) for number in range(setup.num_replicas)]
+        self.refusals: Counter[str] = Counter()  # commands a store could not carry out
+        self.causes: Counter[m.Cause] = Counter()
+        self.num_reused = 0
+        for store in self.stores:
+            self.mail.append(self.joined(store))
+        for replica in self.replicas:
+            self.mail.append(replica.spec)
+
+    def _make_store(self, node_id: str) -> StoreSim:
+        budgets = {m.Tier.DRAM: self.setup.dram_bytes, m.Tier.SSD: self.setup.ssd_bytes}
+        content: dict[m.Tier, dict[str, m.ChunkInfo]] = {m.Tier.DRAM: {}, m.Tier.SSD: {}}
+        budgets = {tier: budget for tier, budget in budgets.items() if budget}
+        if self.setup.object_bytes:
+            budgets[m.Tier.OBJECT] = self.setup.object_bytes
+            content[m.Tier.OBJECT] = self.bucket
+        return StoreSim(node_id, budgets, content)
+
+    def _make_replica(self, number: int) -> ReplicaSim:
+        node = self.stores[number % len(self.stores)].node_id
+        return ReplicaSim(
+            m.ReplicaReady(
+                replica_id=f"r{number}",
+                node_id=node,
+                max_running_turns=self.setup.max_running_turns,
+                max_running_tokens=self.setup.max_running_tokens,
+            )
+        )
+
+    def joined(self, store: StoreSim) -> m.NodeJoined:
+        tiers = tuple(m.TierSpec(tier=tier, budget_bytes=budget) for tier, budget in store.budgets.items())
+        inventory = tuple(
+            m.StoredChunk(info=info, tier=tier) for tier in store.budgets for info in store.content[tier].values()
+        )
+        return m.NodeJoined(node_id=store.node_id, tiers=tiers, inventory=inventory)
+
+    # --- the scheduler ------------------------------------------------------------------------------------------------
+
+    def hear(self, event: m.Event) -> None:
+        for command in self.scheduler.handle(event, self.now):
+            self._take(command)
+        self.scheduler.check()
+        self._check_stores()
+
+    def _check_stores(self) -> None:
+        for store in self.stores:
+            for tier, budget in store.budgets.items():
+                assert store.used(tier) <= budget, f"{tier} of {store.node_id} is over its budget"
+
+    def _take(self, command: m.Command) -> None:
+        life, attempt = 0, 0
+        match command:
+            case m.Dispatch():
+                talk = self._talk_of(command.turn_id)
+                assert talk is not None, "a turn nobody waits for was dispatched"
+                assert talk.turn is not None
+                self._check_plan(talk, command)
+                attempt, life = talk.attempt, self._replica(command.replica_id).life
+            case m.Cancel() | m.Decline():
+                life = self._replica(command.replica_id).life
+            case m.Save() | m.Fetch() | m.Demote() | m.Drop():
+                life = self._store(command.node_id).life
+        self.tasks.append(Task(command, life, attempt, self.now))
+
+    def _check_plan(self, talk: Talk, command: m.Dispatch) -> None:
+        """Steps follow each other, hold the prompt's own tokens, and leave every other token with a cause."""
+        assert talk.turn is not None
+        plan, prompt = command.plan, talk.tokens
+        position = 0
+        for step in plan.steps:
+            assert step.start == position
+            assert step.start % C == 0
+            position += step.num_tokens
+            stored = tokens_of(step.chunk)
+            assert position <= len(stored)
+            assert stored[:position] == prompt[:position], "other tokens than the prompt's"
+            node_id = self._replica(command.replica_id).spec.node_id
+            assert step.node_id == (SHARED if step.tier is m.Tier.OBJECT else node_id)
+        num_recomputed = sum(count for _, count in plan.recomputed)
+        assert all(count > 0 for _, count in plan.recomputed)
+        assert num_recomputed >= 1
+        assert plan.num_reused + num_recomputed == talk.turn.num_prompt_tokens == len(prompt)
+        self.causes.update(dict(plan.recomputed))
+        self.num_reused += plan.num_reused
+
+    # --- actors -------------------------------------------------------------------------------------------------------
+
+    def execute(self, task: Task) -> list[m.Event]:
+        """Carry out a command as its actor would; the answers."""
+        command = task.command
+        match command:
+            case m.Dispatch():
+                return self._begin_job(command, task)
+            case m.Cancel():
+                replica = self._replica(command.replica_id)
+                if replica.life != task.life or not replica.is_alive:
+                    return []
+                job = replica.jobs.pop(command.turn_id, None)
+                if job is not None and job.is_wanted:
+                    self.ask_again(job.talk)  # the client sees an end it did not want
+                return [m.TurnFinished(turn_id=command.turn_id, replica_id=command.replica_id)]
+            case m.Decline():
+                replica = self._replica(command.replica_id)
+                for key in command.chunks if replica.life == task.life else ():
+                    replica.buffer.pop(key, None)
+                return []
+            case _:
+                store = self._store(command.node_id)
+                if store.life != task.life or not store.is_alive:
+                    return [m.CommandFailed(command=command, reason="its node is gone")]
+                return self._work_at(store, command)
+
+    def _work_at(self, store: StoreSim, command: m.Command) -> list[m.Event]:
+        node_id = store.node_id
+        match command:
+            case m.Save():
+                return self._save(store, command)
+            case m.Fetch():
+                source = store if command.source is m.Tier.OBJECT else self._store(command.source_node)
+                info = source.content[command.source].get(command.chunk) if source.is_alive else None
+                if info is None:
+                    lost = m.ChunkLost(
+                        node_id=command.source_node, chunk=command.chunk, tier=command.source, cause=m.Cause.LOST
+                    )
+                    return [lost, self._refuse(command, "missing")]
+                if not store.put(m.Tier.DRAM, info):
+                    return [self._refuse(command, "full")]
+                return [m.ChunkFetched(node_id=node_id, chunk=command.chunk)]
+            case m.Demote():
+                for tier in (m.Tier.DRAM, m.Tier.SSD):
+                    info = store.content[tier].get(command.chunk)
+                    if info is not None and tier is not command.tier:
+                        break
+                if info is None:
+                    return [self._refuse(command, "missing")]
+                if not store.put(command.tier, info):
+                    return [self._refuse(command, "full")]
+                return [
+                    m.ChunkDemoted(
+                        node_id=node_id, chunk=command.chunk, tier=command.tier, num_bytes=info.num_bytes
+                    )
+                ]
+            case m.Drop():
+                store.content[command.tier].pop(command.chunk, None)
+                return [m.ChunkDropped(node_id=node_id, chunk=command.chunk, tier=command.tier)]
+        raise TypeError(command)
+
+    def _save(self, store: StoreSim, command: m.Save) -> list[m.Event]:
+        replica = self._replica(command.replica_id)
+        saved, events = [], []
+        for info in command.chunks:
+            reason = "missing" if not replica.is_alive or info.key not in replica.buffer else ""
+            if info.key not in store.content[m.Tier.DRAM] and reason:
+                pass
+            elif store.put(m.Tier.DRAM, info):
+                replica.buffer.pop(info.key, None)
+                saved.append(info.key)
+                continue
+            else:
+                reason = "full"
+            failed = m.Save(node_id=command.node_id, replica_id=command.replica_id, chunks=(info,))
+            events.append(self._refuse(failed, reason))
+        if saved:
+            events.insert(0, m.ChunksSaved(node_id=store.node_id, chunks=tuple(saved)))
+        return events
+
+    def _refuse(self, command: m.Command, reason: str) -> m.CommandFailed:
+        self.refusals[f"{type(command).__name__}: {reason}"] += 1
+        return m.CommandFailed(command=command, reason=reason)
+
+    # --- turns on replicas --------------------------------------------------------------------------------------------
+
+    def _begin_job(self, command: m.Dispatch, task: Task) -> list[m.Event]:
+        talk, replica = self._talk_of(command.turn_id), self._replica(command.replica_id)
+        if talk is None or talk.turn is None or talk.attempt != task.attempt:
+            return []  # cancelled or asked again: the scheduler sent a Cancel, and that is answered
+        if replica.life != task.life or not replica.is_alive:
+            self.ask_again(talk)
+            return []
+        assert command.turn_id not in replica.jobs, "two attempts of one turn on one replica"
+        replica.jobs[command.turn_id] = Job(talk, talk.turn, talk.attempt, talk.tokens, command.plan, task.sent)
+        return []
+
+    def progress(self, replica: ReplicaSim, turn_id: str) -> list[m.Event]:
+        """The turn restores, then generates and offers chunks, then ends."""
+        job = replica.jobs[turn_id]
+        if not job.has_started:
+            job.has_started = True
+            lost = self._restore(replica, job)
+            return [*lost, m.TurnStarted(turn_id=turn_id, replica_id=replica.spec.replica_id)]
+        if job.num_answered < 3:
+            job.num_answered += 1 + self.choices.below(3)
+            answer = tuple(job.talk.name * 1000 + 500 + number for number in range(job.num_answered))
+            return self._offer(replica, job, job.tokens + answer)
+        del replica.jobs[turn_id]
+        talk = job.talk
+        finished = m.TurnFinished(turn_id=turn_id, replica_id=replica.spec.replica_id)
+        if job.is_wanted:
+            if self.choices.once_in(8):
+                self.ask_again(talk)  # preempted
+            else:
+                talk.cuts.append(len(talk.tokens))
+                talk.tokens += tuple(talk.name * 1000 + 500 + number for number in range(job.num_answered))
+                talk.cuts.append(len(talk.tokens))
+                talk.turn, talk.num_done = None, talk.num_done + 1
+        return [finished]
+
+    def _restore(self, replica: ReplicaSim, job: Job) -> list[m.Event]:
+        events: list[m.Event] = []
+        store = self._store(replica.spec.node_id)
+        for step in job.plan.steps:
+            if not store.is_alive or step.chunk not in store.content[step.tier]:
+                if self.now - job.began < self.setup.config.lease_s:
+                    self.refusals["restore: missing"] += 1
+                events.append(
+                    m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=m.Cause.LOST)
+                )
+        return events
+
+    def _offer(self, replica: ReplicaSim, job: Job, tokens: Tokens) -> list[m.Event]:
+        start = job.plan.num_reused - job.plan.num_reused % C
+        cuts = (*job.talk.cuts, len(job.tokens))
+        infos = [chunk_of(tokens, at, cuts) for at in range(start, len(tokens), C)]
+        infos = [info for info in infos if info.key not in replica.buffer]
+        replica.buffer.update({info.key: info for info in infos})
+        if not infos:
+            return []
+        return [
+            m.ChunksReady(
+                replica_id=replica.spec.replica_id,
+                node_id=replica.spec.node_id,
+                session_id=f"s{job.talk.name}",
+                chunks=tuple(infos),
+            )
+        ]
+
+    # --- clients ------------------------------------------------------------------------------------------------------
+
+    def speak(self) -> None:
+        """A conversation goes on, or a new one begins: afresh, or where another one is."""
+        silent = [talk for talk in self.talks if talk.turn is None and len(talk.tokens) < 40]
+        if silent and not self.choices.once_in(3):
+            talk = self.choices.pick(silent)
+        else:
+            name = len(self.talks) + 1
+            others = [other for other in self.talks if other.tokens]
+            if others and self.choices.once_in(3):
+                other = self.choices.pick(others)
+                talk = Talk(name, other.tokens[: 1 + self.choices.below(len(other.tokens))], list(other.cuts))
+                talk.cuts.append(len(talk.tokens))
+            else:
+                talk = Talk(name, tuple(range(6)), [6])  # a system prompt
+            self.talks.append(talk)
+        length = len(talk.tokens) + 1 + self.choices.below(7)
+        talk.tokens += tuple(talk.name * 1000 + position for position in range(len(talk.tokens), length))
+        talk.num_turns += 1
+        talk.turn = turn_of(
+            f"s{talk.name}/{talk.num_turns}",
+            talk.tokens,
+            cuts=talk.cuts,
+            max_new_tokens=1 + self.choices.below(12),
+            priority=self.choices.below(2),
+            reuse=not self.choices.once_in(12),
+            drift_at=3 if self.choices.once_in(12) else None,
+        )
+        self.mail.append(m.TurnSubmitted(talk.turn))
+
+    def ask_again(self, talk: Talk, *, is_now: bool = True) -> None:
+        """A new attempt of the same turn."""
+        assert talk.turn is not None
+        talk.attempt += 1
+        if is_now:
+            self.hear(m.TurnSubmitted(talk.turn))
+        else:
+            self.mail.append(m.TurnSubmitted(talk.turn))
+
+    def hang_up(self, talk: Talk) -> None:
+        """The client cancels; the conversation goes on from where it was."""
+        assert talk.turn is not None
+        turn_id, talk.turn = talk.turn.turn_id, None
+        talk.attempt += 1
+        self.hear(m.TurnCancelled(turn_id))
+
+    # --- looking up ---------------------------------------------------------------------------------------------------
+
+    def _talk_of(self, turn_id: str) -> Talk | None:
+        return next((talk for talk in self.talks if talk.turn is not None and talk.turn.turn_id == turn_id), None)
+
+    def _store(self, node_id: str) -> StoreSim:
+        return next(store for store in self.stores if store.node_id == node_id)
+
+    def _replica(self, replica_id: str) -> ReplicaSim:
+        return next(replica for replica in self.replicas if replica.spec.replica_id == replica_id)
+
+    def running(self) -> list[tuple[ReplicaSim, str]]:
+        return [(replica, turn_id) for replica in self.replicas if replica.is_alive for turn_id in replica.jobs]
