@@ -19,7 +19,6 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.account import failed_steps, settle
-from actors.engine.loading import load_tokenizer
 from actors.engine.text import TextStream
 from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
 from actors.heartbeat import keep_joined
@@ -60,6 +59,8 @@ class Replica:
     def __init__(
         self, replica_id: m.ReplicaId, plan: ReplicaPlan, scheduler: Any, store: Any, node_id: m.NodeId
     ) -> None:
+        from actors.engine.loading import load_tokenizer  # whoever holds a handle imports this file: no torch above
+
         self.replica_id = replica_id
         self._node_id = node_id
         self._plan = plan

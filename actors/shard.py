@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.engine.engine import Engine
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from actors.engine.turns import EngineConfig, ReadyChunk, Request, RestoreSource, TurnOutput
 from actors.wire import TurnRequest
 from policies import messages as m
@@ -70,6 +69,8 @@ class Shard:
     """Plain class; becomes a threaded actor (groups: control, outputs, io) where a replica creates it."""
 
     def __init__(self, plan: ShardPlan) -> None:
+        from actors.engine.engine import Engine  # whoever holds this actor's handle imports this file: no torch above
+
         self._plan = plan
         self._engine = Engine(plan.engine)
         self._max_turn_tokens = min(

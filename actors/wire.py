@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from actors.engine.sampling import SampledToken, SamplingParams
+from actors.engine.params import SampledToken, SamplingParams
 from actors.engine.turns import FinishReason
 from policies.messages import Cause, Tier
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.engine.loading import load_tokenizer
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from actors.wire import TurnRequest
 from cluster.bringup import Running, running
 from cluster.chat import ChatFormat, RenderedPrompt, TemplateError, Transcript

@@ -190,7 +190,7 @@ def _run_batch(options: argparse.Namespace) -> None:
 
 
 def _batch_options(options: argparse.Namespace) -> Any:
-    from actors.engine.sampling import SamplingParams
+    from actors.engine.params import SamplingParams
     from cluster.batch import BatchOptions
     from cluster.conversations import InputError
 

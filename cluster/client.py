@@ -17,7 +17,7 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from actors.engine.sampling import SampledToken
+from actors.engine.params import SampledToken
 from actors.engine.turns import FinishReason
 from actors.scheduler import Assignment
 from actors.shard import ModelInfo

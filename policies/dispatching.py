@@ -206,7 +206,8 @@ class Dispatcher:
         self._is_due = True
 
     def _look_again(self, record: TurnRecord) -> None:
-        if record.state is TurnState.FETCHING:
+        """Try it again, if it still waits for chunks (its deadline may pass after it has gone)."""
+        if record.state is TurnState.FETCHING and self.turns.get(record.turn.turn_id) is record:
             self._stop_awaiting(record)
             record.move_to(TurnState.WAITING)
             self.ready.add(record.order)

@@ -24,9 +24,10 @@ from actors.engine.capture import Capture
 from actors.engine.loading import LoadedModel
 from actors.engine.mailbox import Mailbox
 from actors.engine.meter import Meter
+from actors.engine.params import SampledToken
 from actors.engine.restore import Loader, RestoreJob
 from actors.engine.runner import Batch, BatchPart, ModelRunner, build_batch
-from actors.engine.sampling import LogitsError, SampledToken, sample
+from actors.engine.sampling import LogitsError, sample
 from actors.engine.save import ReadyChunks, Saver, WriteBuffer
 from actors.engine.sequence import Sequence, SequenceState
 from actors.engine.turns import (

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from actors.engine.params import SampledToken, SamplingParams
+
 if TYPE_CHECKING:
-    from actors.engine.sampling import SampledToken, SamplingParams
     from storage.format import ChunkHeader, ChunkReader
 
 

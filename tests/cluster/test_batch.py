@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from cluster import bringup
 from cluster.batch import BatchOptions, Listener, run_batch
 from cluster.config import Config, config_from
@@ -141,7 +141,7 @@ def test_little_dram_and_an_ssd_give_the_same_answers(
     again = run_batch(config, options_for(chats, tmp_path / "again"), Listener())
     check_accounts(again)
     assert answers(tmp_path / "again") == answers(undisturbed[0])
-    first = [row for row in map(json.loads, (tmp_path / "again" / "turns.jsonl").read_text().splitlines())]
+    first = map(json.loads, (tmp_path / "again" / "turns.jsonl").read_text().splitlines())
     assert all(sum(row["reused_tokens"].values()) == row["prompt_tokens"] - 1 for row in first)
 
 

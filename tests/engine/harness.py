@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from actors.engine.engine import Engine
 from actors.engine.loading import LoadedModel
-from actors.engine.sampling import SampledToken, SamplingParams
+from actors.engine.params import SampledToken, SamplingParams
 from actors.engine.turns import EngineConfig, FinishReason, Request, RestoreSource, StartInfo, TurnOutput
 from storage.format import ChunkHeader, ChunkReader, read_chunk
 from storage.keys import chain

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from tests.engine.harness import GREEDY, Owner, make_engine
 from tests.engine.models import CONFIGS, loaded, random_prompt, stock_answer, stock_logits
 

@@ -12,7 +12,7 @@ import torch
 
 from actors.engine.engine import Engine
 from actors.engine.loading import LoadedModel
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from actors.engine.turns import EngineConfig, FinishReason, Request
 from tests.engine.harness import GREEDY, Owner, make_engine
 from tests.engine.models import CONFIGS, build, loaded, make_tokenizer, random_prompt, stock_answer

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from actors.engine.blocks import BlockTable
 from actors.engine.engine import Engine
+from actors.engine.params import SamplingParams
 from actors.engine.runner import BatchPart, build_batch
-from actors.engine.sampling import SamplingParams
 from storage.format import read_chunk
 from tests.engine.harness import Owner, make_engine
 from tests.engine.models import loaded, random_prompt

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from actors.engine.turns import FinishReason, RestoreSource
 from storage.format import ChunkReader, RangeSource, encode, read_chunk
 from tests.engine.harness import CHUNK, GREEDY, Owner, make_engine

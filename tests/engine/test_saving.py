@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from actors.engine.save import SaveJob
 from actors.engine.turns import FinishReason
 from storage.keys import chain

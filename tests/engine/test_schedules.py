@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from actors.engine.sampling import SamplingParams
+from actors.engine.params import SamplingParams
 from actors.engine.turns import FinishReason, RestoreSource
 from storage.format import ChunkReader, read_chunk
 from tests.engine.harness import Owner, make_engine

@@ -9,6 +9,7 @@ from policies.catalog import CopyState
 
 from tests.policies.world import ReplicaSim, StoreSim, World
 
+PATIENCE_S = 1000.0
 QUIET_S = 200.0  # longer than every duration of the configs in use
 LOSABLE = (m.ChunksSaved, m.ChunkFetched, m.ChunkDemoted, m.ChunkDropped, m.CommandFailed, m.TurnStarted, m.ChunksReady)
 
@@ -151,29 +152,31 @@ def settle(world: World) -> None:
     for replica in world.replicas:
         if not replica.is_alive:
             _restart_replica(world, replica)
-    for _ in range(2000):
-        while world.tasks or world.mail:
-            if world.tasks:
-                world.mail += world.execute(world.tasks.pop(0))
-            if world.mail:
-                world.hear(world.mail.pop(0))
+    quiet_since, patience = world.now, world.now + PATIENCE_S
+    while world.now < quiet_since + QUIET_S:
+        _exchange(world)
         running = world.running()
         for replica, turn_id in running:
             if turn_id in replica.jobs:
                 world.mail += world.progress(replica, turn_id)
-        if not running and not world.mail and not any(talk.turn is not None for talk in world.talks):
-            break
-        world.now += 0.0 if running or world.mail else 1.0
+        is_busy = running or world.mail or any(talk.turn is not None for talk in world.talks)
+        if is_busy:
+            quiet_since = world.now
+            assert world.now < patience, "it does not come to rest"
+        world.now += 0.5 if is_busy else 5.0
         world.hear(m.Tick())
-    until = world.now + QUIET_S
-    while world.now < until:
-        while world.tasks or world.mail:
-            if world.tasks:
-                world.mail += world.execute(world.tasks.pop(0))
-            if world.mail:
-                world.hear(world.mail.pop(0))
-        world.now += 5.0
-        world.hear(m.Tick())
+
+
+def _exchange(world: World) -> None:
+    """Commands and answers, in order, until nobody has anything to say."""
+    for _ in range(5000):
+        if world.tasks:
+            world.mail += world.execute(world.tasks.pop(0))
+        if world.mail:
+            world.hear(world.mail.pop(0))
+        elif not world.tasks:
+            return
+    raise AssertionError(f"they talk without end: {world.tasks[:3]}")
 
 
 def check_rest(world: World) -> None:

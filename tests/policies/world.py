@@ -413,7 +413,7 @@ class World:
     def ask_again(self, talk: Talk, *, is_now: bool = True) -> None:
         """A new attempt of the same turn."""
         assert talk.turn is not None
-        talk.attempt += 1
+        self._withdraw(talk)
         if is_now:
             self.hear(m.TurnSubmitted(talk.turn))
         else:
@@ -422,9 +422,14 @@ class World:
     def hang_up(self, talk: Talk) -> None:
         """The client cancels; the conversation goes on from where it was."""
         assert talk.turn is not None
+        self._withdraw(talk)
         turn_id, talk.turn = talk.turn.turn_id, None
-        talk.attempt += 1
         self.hear(m.TurnCancelled(turn_id))
+
+    def _withdraw(self, talk: Talk) -> None:
+        """What one client says is heard in order: an earlier submission comes before what follows, or not at all."""
+        talk.attempt += 1
+        self.mail = [event for event in self.mail if not (isinstance(event, m.TurnSubmitted) and event.turn is talk.turn)]
 
     # --- looking up ---------------------------------------------------------------------------------------------------
 
