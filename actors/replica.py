@@ -24,7 +24,7 @@ from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
 from actors.heartbeat import keep_joined
 from actors.node_store import chunk_info
 from actors.shard import Harvest, ModelInfo, Shard, ShardPlan
-from actors.wire import Delta, Piece, TurnAccount, TurnEnd, TurnRequest
+from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
 from policies import messages as m
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ class _Running:
     request: TurnRequest
     plan: m.RestorePlan
     outputs: asyncio.Queue[TurnOutput]
-    account: TurnAccount
 
 
 class Replica:
@@ -103,7 +102,7 @@ class Replica:
 
     async def generate(self, request: TurnRequest, plan: m.RestorePlan) -> AsyncIterator[Piece]:
         """Streams the turn's pieces; the last one is a TurnEnd. Leaving the stream early aborts the turn."""
-        running = _Running(request, plan, asyncio.Queue(), TurnAccount(recomputed=dict(plan.recomputed)))
+        running = _Running(request, plan, asyncio.Queue())
         self._running[request.turn_id] = running
         self._remember(request)
         done = False
@@ -113,14 +112,17 @@ class Replica:
             text = self._text_stream(request)
             while not done:
                 output = await running.outputs.get()
-                piece = await self._digest(running, output, text)
-                done = isinstance(piece, TurnEnd)
-                if done or (isinstance(piece, Delta) and piece.tokens):
-                    yield piece
+                if output.started is not None:
+                    yield Started(await self._turn_started(running, output.started))
+                if output.finish_reason is not None:
+                    done = True
+                    yield await self._turn_ended(running, output, text)
+                elif output.tokens:
+                    yield Delta(output.tokens, "".join(text.push(token.token_id) for token in output.tokens))
         except RayTaskError as error:  # the shard refused the turn
             done = True
             await self._tell(m.TurnFinished(turn_id=request.turn_id, replica_id=self.replica_id))
-            yield TurnEnd(finish_reason=FinishReason.FAILED, account=running.account, error=_last_line(error))
+            yield TurnEnd(finish_reason=FinishReason.FAILED, error=_last_line(error))
         finally:
             if self._running.get(request.turn_id) is running:
                 del self._running[request.turn_id]
@@ -148,30 +150,26 @@ class Replica:
             text.push(token_id)
         return text
 
-    async def _digest(self, running: _Running, output: TurnOutput, text: TextStream) -> Piece:
-        if output.started is not None:
-            await self._turn_started(running, output.started)
-        pieces = "".join(text.push(token.token_id) for token in output.tokens)
-        if output.finish_reason is None:
-            return Delta(output.tokens, pieces)
-        await self._tell(m.TurnFinished(turn_id=running.request.turn_id, replica_id=self.replica_id))
-        rest = "" if output.finish_reason == FinishReason.PREEMPTED else text.finish()
-        return TurnEnd(
-            finish_reason=output.finish_reason,
-            account=running.account,
-            tokens=output.tokens,
-            text=pieces + rest,
-            num_tokens_kept=text.num_tokens_kept if text.stopped else None,
-            error=output.error or "",
-        )
-
-    async def _turn_started(self, running: _Running, started: StartInfo) -> None:
-        running.account = settle(running.plan, started)
+    async def _turn_started(self, running: _Running, started: StartInfo) -> TurnAccount:
         lost = [
             m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=cause)
             for step, cause in failed_steps(running.plan, started)
         ]
         await self._tell(*lost, m.TurnStarted(turn_id=running.request.turn_id, replica_id=self.replica_id))
+        return settle(running.plan, started)
+
+    async def _turn_ended(self, running: _Running, output: TurnOutput, text: TextStream) -> TurnEnd:
+        """The scheduler hears of it first: the client's next turn must find the slot free."""
+        assert output.finish_reason is not None
+        pieces = "".join(text.push(token.token_id) for token in output.tokens)
+        await self._tell(m.TurnFinished(turn_id=running.request.turn_id, replica_id=self.replica_id))
+        return TurnEnd(
+            finish_reason=output.finish_reason,
+            tokens=output.tokens,
+            text=pieces if output.finish_reason == FinishReason.PREEMPTED else pieces + text.finish(),
+            num_tokens_kept=text.num_tokens_kept if text.stopped else None,
+            error=output.error or "",
+        )
 
     async def _tell(self, *events: m.Event) -> None:
         await self._scheduler.report.remote(list(events))

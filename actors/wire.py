@@ -48,16 +48,22 @@ class TurnAccount:
         return sum(self.reused.values()) + sum(self.recomputed.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first piece: what could be restored is in place. The account is final, whatever becomes of the turn."""
+
+    account: TurnAccount
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnEnd:
-    """The last piece of an attempt. With PREEMPTED the client submits the turn again; with FAILED it may."""
+    """The last piece of an attempt. With PREEMPTED the client submits the turn again; FAILED says why in `error`."""
 
     finish_reason: FinishReason
-    account: TurnAccount
     tokens: tuple[SampledToken, ...] = ()  # the last ones
     text: str = ""  # the rest of the text
     num_tokens_kept: int | None = None  # tokens wholly before a stop string, when one ended the turn
     error: str = ""
 
 
-Piece = Delta | TurnEnd
+Piece = Started | Delta | TurnEnd

@@ -79,25 +79,43 @@ def run_batch(config: Config, options: BatchOptions, listener: Listener) -> dict
 
     Raises InputError, OutputError, ConfigError, ModelError or BringUpError, each in words for people.
     """
-    work, num_bad = _read(options, listener)
-    chat = ChatFormat(load_tokenizer(config.model.path))
-    runs = []
+    work = read_input(options, listener)  # bad input is told before anything starts,
+    load_tokenizer(config.model.path)  # and so is a model that is not there
     with running(config) as cluster:
-        for reuse in (True, False) if options.compare else (True,):
-            folder = Path(options.out) if reuse else Path(options.out) / "reuse_off"
-            with ResultWriter(folder, _settings(cluster, options), options.resume) as writer:
-                run = _Pass(cluster.client, chat, options, reuse, writer, listener)
-                runs.append(asyncio.run(run.run(work)))
-        stores = cluster.store_stats()
+        return _run(cluster, options, listener, work)
+
+
+def run_on(cluster: Running, options: BatchOptions, listener: Listener) -> dict[str, Any]:
+    """The same on a cluster that is up already; the report's counters of bytes are the cluster's since its start."""
+    return _run(cluster, options, listener, read_input(options, listener))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do: conversations, and how many records were unusable."""
+
+    conversations: list[Conversation]
+    num_bad: int
+
+
+def _run(cluster: Running, options: BatchOptions, listener: Listener, work: Work) -> dict[str, Any]:
+    chat = ChatFormat(load_tokenizer(cluster.config.model.path))
+    runs = []
+    for reuse in (True, False) if options.compare else (True,):
+        folder = Path(options.out) if reuse else Path(options.out) / "reuse_off"
+        with ResultWriter(folder, _settings(cluster, options), options.resume) as writer:
+            run = _Pass(cluster.client, chat, options, reuse, writer, listener)
+            runs.append(asyncio.run(run.run(work.conversations)))
+    stores = cluster.store_stats()
     answered = {row.conversation_id for row in runs[0].rows if not row.failed}
-    skipped = num_bad + sum(conversation.id not in answered for conversation in work)
+    skipped = work.num_bad + sum(conversation.id not in answered for conversation in work.conversations)
     report = build_report(runs[0], runs[1] if options.compare else None, stores, skipped)
     (Path(options.out) / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _read(options: BatchOptions, listener: Listener) -> tuple[list[Conversation], int]:
-    """All conversations, and how many were unusable. Read before anything starts: bad input costs no GPU time."""
+def read_input(options: BatchOptions, listener: Listener) -> Work:
+    """Reads all of it. Raises InputError, with `strict` for any problem."""
     work: list[Conversation] = []
     num_bad = 0
     for item in read_conversations(options.input, limit=options.limit):
@@ -110,7 +128,7 @@ def _read(options: BatchOptions, listener: Listener) -> tuple[list[Conversation]
             listener.problem(item)
     if not work:
         raise InputError(f"{options.input} has no usable conversation")
-    return work, num_bad
+    return Work(work, num_bad)
 
 
 def _settings(cluster: Running, options: BatchOptions) -> dict[str, Any]:

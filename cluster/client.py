@@ -21,7 +21,7 @@ from actors.engine.params import SampledToken
 from actors.engine.turns import FinishReason
 from actors.scheduler import Assignment
 from actors.shard import ModelInfo
-from actors.wire import Delta, TurnAccount, TurnEnd, TurnRequest
+from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
 from policies import messages as m
 from storage import keys
 
@@ -144,11 +144,17 @@ class _Progress:
         self.answer.replica_id = replica_id
         self.answer.queue_wait_s += time.monotonic() - self._attempt_began
 
-    def receive(self, piece: Delta | TurnEnd) -> None:
-        self._take(piece.tokens, piece.text)
-        if isinstance(piece, Delta):
-            return
-        self._settle(piece.account)
+    def receive(self, piece: Piece) -> None:
+        match piece:
+            case Started():
+                self._settle(piece.account)
+            case Delta():
+                self._take(piece.tokens, piece.text)
+            case TurnEnd():
+                self._take(piece.tokens, piece.text)
+                self._end(piece)
+
+    def _end(self, piece: TurnEnd) -> None:
         if piece.finish_reason == FinishReason.PREEMPTED:
             return
         if piece.finish_reason == FinishReason.FAILED:
@@ -172,7 +178,7 @@ class _Progress:
             self._on_delta(Delta(tokens, text))
 
     def _settle(self, account: TurnAccount) -> None:
-        """The first attempt's account stands for the prompt; what later attempts compute again is counted apart."""
+        """The first attempt that started accounts for the prompt; what later ones compute again is counted apart."""
         if not self.answer.account.num_prompt_tokens:
             self.answer.account = account
         else:

@@ -10,10 +10,11 @@ from policies.candidates import Candidates
 from policies.catalog import Catalog, Chunk, Copy, CopyState
 from policies.fleet import Fleet
 from policies.messages import ChunkKey, Command, NodeId, SchedulerConfig, SessionId
+from policies.ordered import SortedKeys
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.plugins import Guard
-from policies.queue import WaitingQueue
+from policies.queue import Order, WaitingQueue
 from policies.timers import Timers
 
 
@@ -34,6 +35,8 @@ class Board:
     changed_places: set[Place] = field(default_factory=set)  # more bytes there: look at the watermarks
     changed_chunks: set[ChunkKey] = field(default_factory=set)  # a copy came, went or failed: who waits for it?
     freed_nodes: set[NodeId] = field(default_factory=set)  # DRAM bytes or a fetch slot are free
+    awaiting: set[Order] = field(default_factory=set)  # turns whose chunks are being brought: what came stays
+    claims: dict[NodeId, SortedKeys[Order]] = field(default_factory=dict)  # who waits there for bytes or a fetch slot
     superseded: dict[ChunkKey, None] = field(default_factory=dict)  # to be dropped as soon as they are idle
     failed: dict[tuple[ChunkKey, Place], float] = field(default_factory=dict)  # do not try again before
     session_ends: OrderedDict[SessionId, int] = field(default_factory=OrderedDict)  # tokens offered so far
@@ -91,6 +94,33 @@ class Board:
     def _forgive(self, key: ChunkKey, place: Place, until: float) -> None:
         if self.failed.get((key, place)) == until:
             del self.failed[key, place]
+            self.changed_chunks.add(key)
+
+    # --- who gets bytes that become free ------------------------------------------------------------------------------
+
+    def claim(self, node_id: NodeId, order: Order) -> None:
+        """DRAM bytes and fetch slots that become free there are for this order before later ones.
+
+        Without it, bytes freed for a big chunk would go to a small one, for which room would be made again, and so on.
+        """
+        self.claims.setdefault(node_id, SortedKeys()).add(order)
+
+    def disclaim(self, node_id: NodeId, order: Order) -> None:
+        """No claim is fine."""
+        orders = self.claims.get(node_id)
+        if orders is not None and orders.discard(order) and not orders:
+            del self.claims[node_id]
+
+    def is_claimed(self, node_id: NodeId, by: Order) -> bool:
+        """Whether somebody before this order waits for bytes or a slot there."""
+        orders = self.claims.get(node_id)
+        first = orders.lowest() if orders is not None else None
+        return first is not None and first < by
+
+    def claimants(self, node_id: NodeId, count: int) -> list[Order]:
+        """The first of those who wait there."""
+        orders = self.claims.get(node_id)
+        return orders.first(count) if orders is not None else []
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ in any state. Every change of a copy goes through `_move`, which checks the tabl
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -90,7 +90,10 @@ class Chunk:
 
     @property
     def is_live(self) -> bool:
-        return any(copy.is_live for copy in self.copies.values())
+        for copy in self.copies.values():  # noqa: SIM110 - asked for very often, and any() takes twice as long
+            if copy.state is not CopyState.DROPPING:
+                return True
+        return False
 
     def resident(self, place: Place) -> Copy | None:
         copy = self.copies.get(place)
@@ -125,13 +128,13 @@ class Catalog:
 
     # --- marks --------------------------------------------------------------------------------------------------------
 
-    def carriers(self, mark: ChunkKey) -> Iterator[Chunk]:
+    def carriers(self, mark: ChunkKey) -> Sequence[Chunk]:
         """Chunks that contain the prefix `mark`: the one that ends there, then longer ones, oldest first."""
-        own = self.chunks.get(mark)
-        if own is not None:
-            yield own
-        for key in islice(self.inside.get(mark, ()), MAX_CARRIERS):
-            yield self.chunks[key]
+        own, inside = self.chunks.get(mark), self.inside.get(mark)
+        if inside is None:  # nearly always
+            return () if own is None else (own,)
+        longer = [self.chunks[key] for key in islice(inside, MAX_CARRIERS)]
+        return longer if own is None else [own, *longer]
 
     def representative(self, mark: ChunkKey) -> Chunk | None:
         """The carrier to which the need for this mark is charged."""
@@ -326,11 +329,15 @@ class Catalog:
         self.changed(chunk)
 
     def changed(self, chunk: Chunk) -> None:
-        """Tell the watcher, also about the chunks to which the need for a mark may have moved."""
+        """Tell the watcher, also about the chunks from or to which the need for a mark may have moved."""
         self.watch(chunk)
         for mark in chunk.marks:
+            own = self.chunks.get(mark)
+            if own is not None and own is not chunk:
+                self.watch(own)
             if mark in self.inside:
-                for other in islice(self.carriers(mark), 2):
+                inside = (other for other in self.carriers(mark) if other is not own and not other.superseded)
+                for other in islice(inside, 2):  # the representative now, and the one before this chunk came
                     if other is not chunk:
                         self.watch(other)
 

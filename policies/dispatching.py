@@ -1,22 +1,15 @@
 """The way of a turn: waiting, perhaps waiting for chunks, dispatched, running, gone.
 
-    WAITING ──> FETCHING ──> WAITING     some of its chunks are on their way to the node chosen for it
-       └──────> DISPATCHED ──> RUNNING   its plan's chunks are leased until it has read them
-    any state ──> gone                   finished, cancelled, or its replica is lost (its client submits it again)
-
 Turns go in the order of the queue. One that waits for chunks steps aside until they are there, or its deadline is, and
 then goes without what is missing; one that finds no room keeps those behind it waiting, so that big turns get theirs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 from policies.board import Board
-from policies.catalog import INCOMING, Chunk
+from policies.catalog import INCOMING
 from policies.fetching import Fetcher, FetchOutcome
 from policies.fleet import Node, Replica
 from policies.messages import (
@@ -31,60 +24,26 @@ from policies.messages import (
     TurnStarted,
 )
 from policies.ordered import SortedKeys
-from policies.placement import PlacementPolicy, ReplicaOption
-from policies.places import Place
+from policies.placing import Placer
 from policies.queue import Order
-from policies.restore import Link, find_copy, find_links, plan_restore
+from policies.restore import Link, find_copy, find_links, live, plan_restore
+from policies.turns import TurnRecord, TurnState
 
-
-class TurnState(StrEnum):
-    WAITING = "waiting"
-    FETCHING = "fetching"
-    DISPATCHED = "dispatched"
-    RUNNING = "running"
-
-
-TURN_MOVES: dict[TurnState, frozenset[TurnState]] = {
-    TurnState.WAITING: frozenset({TurnState.FETCHING, TurnState.DISPATCHED}),
-    TurnState.FETCHING: frozenset({TurnState.WAITING}),
-    TurnState.DISPATCHED: frozenset({TurnState.RUNNING, TurnState.WAITING}),
-    TurnState.RUNNING: frozenset(),
-}
-"""Legal moves of a turn, beside the one out of every state: gone."""
-
-
-@dataclass(slots=True, eq=False)
-class TurnRecord:
-    """A turn the scheduler knows. `node_id`, `awaited`: where its chunks are being brought, and which."""
-
-    turn: Turn
-    order: Order
-    state: TurnState = TurnState.WAITING
-    replica_id: ReplicaId | None = None
-    node_id: NodeId | None = None
-    deadline: float | None = None  # of waiting for chunks; set when it first waits for some
-    awaited: set[ChunkKey] = field(default_factory=set)
-
-    @property
-    def is_waiting(self) -> bool:
-        return self.state in (TurnState.WAITING, TurnState.FETCHING)
-
-    def move_to(self, state: TurnState) -> None:
-        assert state in TURN_MOVES[self.state], f"a turn cannot go from {self.state} to {state}"
-        self.state = state
+MAX_ASIDE = 64  # turns that wait for chunks at a time; more keep those behind them waiting
+WOKEN_PER_NODE = 4  # of the turns that wait for bytes or fetch slots there, after one event
 
 
 class Dispatcher:
     """Gives waiting turns to replicas. `ready` are the orders of the turns in state WAITING."""
 
-    def __init__(self, board: Board, fetcher: Fetcher, policy: PlacementPolicy) -> None:
+    def __init__(self, board: Board, fetcher: Fetcher, placer: Placer) -> None:
         self.turns: dict[TurnId, TurnRecord] = {}
         self.ready: SortedKeys[Order] = SortedKeys()
         self.waiting_for: dict[ChunkKey, set[TurnId]] = {}
-        self.waiting_at: dict[NodeId, set[TurnId]] = {}
-        self._board, self._fetcher, self._policy = board, fetcher, policy
+        self._board, self._fetcher, self._placer = board, fetcher, placer
         self._catalog, self._fleet = board.catalog, board.fleet
         self._is_due = False
+        self._num_attempts = 0
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
@@ -108,7 +67,8 @@ class Dispatcher:
 
     def on_started(self, event: TurnStarted) -> None:
         record = self.turns.get(event.turn_id)
-        if record is None or record.replica_id != event.replica_id or record.state is not TurnState.DISPATCHED:
+        is_current = record is not None and record.is_at(event.replica_id, event.attempt)
+        if record is None or not is_current or record.state is not TurnState.DISPATCHED:
             self._board.note_stale("TurnStarted")
             return
         record.move_to(TurnState.RUNNING)
@@ -118,10 +78,9 @@ class Dispatcher:
     def on_finished(self, event: TurnFinished) -> None:
         replica = self._fleet.replicas.get(event.replica_id)
         record = self.turns.get(event.turn_id)
-        if replica is not None and event.turn_id in replica.stale:
-            replica.release_stale(event.turn_id)
+        if replica is not None and replica.release_stale(event.turn_id, event.attempt):
             self._is_due = True
-        elif replica is not None and record is not None and record.replica_id == event.replica_id:
+        elif replica is not None and record is not None and record.is_at(event.replica_id, event.attempt):
             self._release(record, replica)
         else:
             self._board.note_stale("TurnFinished")
@@ -130,7 +89,10 @@ class Dispatcher:
         """The turn waits again, where it stood; the replica is left alone for a moment."""
         replica = self._fleet.replicas.get(command.replica_id)
         record = self.turns.get(command.turn_id)
-        is_current = record is not None and record.replica_id == command.replica_id
+        if replica is not None and replica.release_stale(command.turn_id, command.attempt):
+            self._is_due = True
+            return
+        is_current = record is not None and record.is_at(command.replica_id, command.attempt)
         if replica is None or record is None or not is_current or record.state is not TurnState.DISPATCHED:
             self._board.note_stale("CommandFailed")
             return
@@ -159,8 +121,11 @@ class Dispatcher:
     def _leave_queue(self, record: TurnRecord) -> None:
         self._stop_awaiting(record)
         self.ready.discard(record.order)
-        self._board.candidates.refresh_marks(self._board.queue.remove(record.turn.turn_id))
-        self._fetcher.note_gone(record.order)
+        marks = self._board.queue.remove(record.turn.turn_id)
+        self._board.candidates.refresh_marks(marks)
+        self._fetcher.note_gone(record.order, marks)
+        if record.node_id is not None:  # bytes that it had claimed there are for others
+            self._board.freed_nodes.add(record.node_id)
         self._is_due = True
 
     def _release(self, record: TurnRecord, replica: Replica) -> None:
@@ -174,14 +139,13 @@ class Dispatcher:
         """Its slot stays taken until the replica says so, or for as long as a command may take."""
         assert record.replica_id is not None
         turn_id, replica = record.turn.turn_id, self._fleet.replicas[record.replica_id]
-        replica.make_stale(turn_id)
-        self._board.send(Cancel(turn_id=turn_id, replica_id=record.replica_id))
+        replica.make_stale(turn_id, record.attempt)
+        self._board.send(Cancel(turn_id=turn_id, replica_id=record.replica_id, attempt=record.attempt))
         deadline = self._board.now + self._board.config.command_deadline_s
-        self._board.timers.at(deadline, self._give_up_stale, replica, turn_id)
+        self._board.timers.at(deadline, self._give_up_stale, replica, turn_id, record.attempt)
 
-    def _give_up_stale(self, replica: Replica, turn_id: TurnId) -> None:
-        if turn_id in replica.stale and self._fleet.replicas.get(replica.spec.replica_id) is replica:
-            replica.release_stale(turn_id)
+    def _give_up_stale(self, replica: Replica, turn_id: TurnId, attempt: int) -> None:
+        if replica.release_stale(turn_id, attempt) and self._fleet.replicas.get(replica.spec.replica_id) is replica:
             self._board.counters["overdue.cancel"] += 1
             self._is_due = True
 
@@ -197,9 +161,18 @@ class Dispatcher:
             self._look_again(self.turns[turn_id])
 
     def note_freed(self, node_id: NodeId) -> None:
-        """Bytes or fetch slots are free there: those whose chunks found none are looked at again."""
-        for turn_id in list(self.waiting_at.get(node_id, ())):
-            self._look_again(self.turns[turn_id])
+        """Bytes or fetch slots are free there: the first of those who found none are looked at again."""
+        self._wake(node_id, WOKEN_PER_NODE)
+
+    def note_lost(self, node_id: NodeId) -> None:
+        """The node is gone, and with it what turns waited for there."""
+        self._wake(node_id, len(self.turns))
+
+    def _wake(self, node_id: NodeId, count: int) -> None:
+        for order in self._board.claimants(node_id, count):
+            turn_id = self._board.queue.turn_at(order)
+            if turn_id is not None:
+                self._look_again(self.turns[turn_id])
 
     def note_change(self) -> None:
         """Slots, replicas or nodes changed."""
@@ -219,9 +192,9 @@ class Dispatcher:
             self._board.timers.at(record.deadline, self._look_again, record)
         record.node_id = node_id
         record.awaited = set(chunks)
+        self._board.awaiting.add(record.order)
         for key in record.awaited:
             self.waiting_for.setdefault(key, set()).add(record.turn.turn_id)
-        self.waiting_at.setdefault(node_id, set()).add(record.turn.turn_id)
         record.move_to(TurnState.FETCHING)
         self.ready.discard(record.order)
 
@@ -233,9 +206,8 @@ class Dispatcher:
         record.awaited = set()
         if record.state is TurnState.FETCHING:
             assert record.node_id is not None
-            self.waiting_at[record.node_id].discard(record.turn.turn_id)
-            if not self.waiting_at[record.node_id]:
-                del self.waiting_at[record.node_id]
+            self._board.awaiting.discard(record.order)
+            self._board.disclaim(record.node_id, record.order)
 
     # --- dispatching --------------------------------------------------------------------------------------------------
 
@@ -244,22 +216,34 @@ class Dispatcher:
         if not self._is_due:
             return
         self._is_due = False
-        while self.ready and any(replica.is_open for replica in self._fleet.replicas.values()):
-            (order,) = self.ready.first(1)
-            turn_id = self._board.queue.turn_at(order)
-            assert turn_id is not None, "only waiting turns are ready"
-            if not self._try(self.turns[turn_id]):
+        num_held_up = 0
+        while self._may_go_on():
+            orders = self.ready.first(num_held_up + 1)
+            if len(orders) <= num_held_up:
                 return
+            turn_id = self._board.queue.turn_at(orders[-1])
+            assert turn_id is not None, "only waiting turns are ready"
+            if self._try(self.turns[turn_id]):
+                continue
+            if not self._is_stale(turn_id):
+                return
+            num_held_up += 1  # by its own earlier attempt, for which those behind it need not wait
+
+    def _may_go_on(self) -> bool:
+        has_slot = any(replica.is_open for replica in self._fleet.replicas.values())
+        return has_slot and len(self._board.awaiting) < MAX_ASIDE
+
+    def _is_stale(self, turn_id: TurnId) -> bool:
+        return any(turn_id in replica.stale for replica in self._fleet.replicas.values())
 
     def _try(self, record: TurnRecord) -> bool:
         """Dispatch the turn, or let it wait for chunks; False when no replica has room for it."""
         turn = record.turn
         is_late = record.deadline is not None and self._board.now >= record.deadline
-        links = find_links(turn.prompt, self._catalog, lambda chunk: 0 if chunk.is_live else None) if turn.reuse else []
-        options = self._options(record, links, stick=not is_late)
-        if not options:
+        links = find_links(turn.prompt, self._catalog, live) if turn.reuse else []
+        replica = self._placer.find(turn, links, None if is_late else record.node_id)
+        if replica is None:
             return False
-        replica = self._fleet.replicas[self._ask(turn, options)]
         node = self._fleet.nodes.get(replica.spec.node_id)
         missing = self._bring(record, links, node) if node is not None and not is_late else set()
         if node is not None and missing:
@@ -276,7 +260,10 @@ class Dispatcher:
             if find_copy(chunk, node.places) is not None:
                 continue
             is_coming = any(place in node.places and copy.state in INCOMING for place, copy in chunk.copies.items())
-            if is_coming or self._fetcher.fetch(chunk, node, record.order) is not FetchOutcome.IMPOSSIBLE:
+            outcome = FetchOutcome.ON_ITS_WAY if is_coming else self._fetcher.fetch(chunk, node, record.order)
+            if outcome in (FetchOutcome.NO_BYTES, FetchOutcome.NO_SLOT):
+                self._board.claim(node.node_id, record.order)
+            if outcome is not FetchOutcome.IMPOSSIBLE:
                 missing.add(chunk.key)
             elif not any(copy.state in INCOMING for copy in chunk.copies.values()):
                 break  # what lies behind it is of no use
@@ -297,76 +284,15 @@ class Dispatcher:
         self._board.timers.at(deadline, self._expire_lease, turn.turn_id, deadline)
         record.move_to(TurnState.DISPATCHED)
         record.replica_id = spec.replica_id
-        replica.take(turn.turn_id, self._num_tokens(turn), turn.num_prompt_tokens - restore.plan.num_reused)
-        self._board.send(Dispatch(turn_id=turn.turn_id, replica_id=spec.replica_id, plan=restore.plan))
+        self._num_attempts += 1
+        record.attempt = self._num_attempts
+        replica.take(turn.turn_id, self._placer.num_tokens(turn), turn.num_prompt_tokens - restore.plan.num_reused)
+        self._board.send(
+            Dispatch(turn_id=turn.turn_id, replica_id=spec.replica_id, plan=restore.plan, attempt=record.attempt)
+        )
 
     def _expire_lease(self, owner: TurnId, deadline: float) -> None:
         lease = self._catalog.leases.by_owner.get(owner)
         if lease is not None and lease.deadline == deadline:
             self._catalog.leases.release(owner)
             self._board.counters["overdue.lease"] += 1
-
-    def _num_tokens(self, turn: Turn) -> int:
-        return turn.num_prompt_tokens + math.ceil(self._board.config.answer_reserve * turn.max_new_tokens)
-
-    # --- placement ----------------------------------------------------------------------------------------------------
-
-    def _options(self, record: TurnRecord, links: Sequence[Link], *, stick: bool) -> list[ReplicaOption]:
-        """Replicas with room. With `stick`, only those on the node its chunks are being brought to, if any is open."""
-        turn = record.turn
-        open_replicas = [
-            replica
-            for replica in self._fleet.replicas.values()
-            if turn.turn_id not in replica.stale and self._fleet.has_room(replica, self._num_tokens(turn))
-        ]
-        if stick and record.node_id is not None:
-            there = [replica for replica in open_replicas if replica.spec.node_id == record.node_id]
-            open_replicas = there or open_replicas
-        estimates = {
-            node_id: self._estimate(turn, links, node_id) for node_id in {r.spec.node_id for r in open_replicas}
-        }
-        return [_option(replica, turn, *estimates[replica.spec.node_id]) for replica in open_replicas]
-
-    def _estimate(self, turn: Turn, links: Sequence[Link], node_id: NodeId) -> tuple[int, float]:
-        """(tokens of the turn that can be reused on this node, seconds to load them)."""
-        num_reused, load_s = 0, 0.0
-        places = self._fleet.places_of(node_id)
-        for link in links:
-            num_reused = link.end
-            load_s += self._load_s(link.chunk, places)
-        return min(num_reused, turn.num_prompt_tokens - 1), load_s
-
-    def _load_s(self, chunk: Chunk, places: Sequence[Place]) -> float:
-        copy = find_copy(chunk, places)
-        if copy is not None:
-            return copy.num_bytes / self._catalog.accounts[copy.place].bytes_per_s
-        if any(place in places for place in chunk.copies):
-            return 0.0  # just being written there
-        return chunk.num_bytes / self._board.config.network_bytes_per_s
-
-    def _ask(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:
-        known = {option.replica_id for option in options}
-        return self._board.guard.consult(
-            self._policy,
-            "choose",
-            ask=lambda: self._policy.choose(turn, options),
-            problem=lambda chosen: None if chosen in known else f"chose {chosen!r}, which was not offered",
-            default=lambda: min(options, key=lambda option: (option.num_running_turns, option.replica_id)).replica_id,
-        )
-
-
-def _option(replica: Replica, turn: Turn, num_reused: int, load_s: float) -> ReplicaOption:
-    spec = replica.spec
-    return ReplicaOption(
-        replica_id=spec.replica_id,
-        node_id=spec.node_id,
-        num_running_turns=replica.num_turns,
-        max_running_turns=spec.max_running_turns,
-        num_running_tokens=replica.num_tokens,
-        max_running_tokens=spec.max_running_tokens,
-        num_queued_tokens=replica.num_queued_tokens,
-        prefill_tokens_per_s=spec.prefill_tokens_per_s,
-        num_reused_tokens=num_reused,
-        num_uncached_tokens=turn.num_prompt_tokens - num_reused,
-        load_s=load_s,
-    )

@@ -81,8 +81,14 @@ class Evictor:
                     return
                 tried.add(key)
                 chunk = self._catalog.chunks[key]
-                if needed_by is None or chunk.next_use is None or chunk.next_use > needed_by:
+                if self._may_go(chunk, needed_by):
                     num_bytes -= self._evict_one(chunk, place, node)
+
+    def _may_go(self, chunk: Chunk, needed_by: Order | None) -> bool:
+        """Not what is needed sooner; without a turn to compare with, not what was just brought for a turn."""
+        if chunk.next_use is None:
+            return True
+        return chunk.next_use > needed_by if needed_by is not None else chunk.next_use not in self._board.awaiting
 
     def _evict_one(self, chunk: Chunk, place: Place, node: Node) -> int:
         """Drop the copy if there is one below, else demote it, else drop it if the policy agrees: bytes leaving."""
@@ -100,9 +106,8 @@ class Evictor:
                 return copy.num_bytes
             if not self._board.has_failed(chunk.key, below) and self.make_room(below, chunk.num_bytes):
                 return 0
-            if copy.listed_as is None:
-                return 0
-        if self._board.candidates.may_drop(chunk, self._board.outlook):
+        is_candidate = copy.listed_as is not None  # making room below may have changed it
+        if is_candidate and self._board.candidates.may_drop(chunk, self._board.outlook):
             return self.drop(chunk, copy, Cause.EVICTED)
         return 0
 
@@ -255,10 +260,11 @@ class Evictor:
         return chunk, chunk.copies.get(place) if chunk is not None else None
 
     def _note_freed(self, key: ChunkKey, place: Place) -> None:
+        """Bytes are free there, or will not be taken: also good news for those who want to demote to this place."""
         self._board.changed_chunks.add(key)
-        self._board.changed_places.add(place)
-        if place.tier is Tier.DRAM:
-            self._board.freed_nodes.add(place.node_id)
+        for node in self._board.fleet.nodes_with(place):
+            self._board.changed_places.update(node.places)
+            self._board.freed_nodes.add(node.node_id)
 
 
 def _info_of(chunk: Chunk, num_bytes: int) -> ChunkInfo:

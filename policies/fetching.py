@@ -10,12 +10,12 @@ from policies.board import Board
 from policies.catalog import INCOMING, Chunk, Copy, CopyState
 from policies.evicting import Evictor
 from policies.fleet import Node
-from policies.messages import Cause, ChunkFetched, Fetch, NodeId, Tier, Turn
+from policies.messages import Cause, ChunkFetched, ChunkKey, Fetch, NodeId, Tier, Turn
 from policies.ordered import SortedKeys
 from policies.places import STORE_TIERS, Place
 from policies.prefetch import FetchNeed, PrefetchPolicy
 from policies.queue import Order
-from policies.restore import find_links
+from policies.restore import find_links, live
 
 TURNS_PER_PASS = 4  # waiting turns looked at for prefetching after one event
 
@@ -30,7 +30,11 @@ class FetchOutcome(Enum):
 
 
 class Fetcher:
-    """Raises chunks into DRAM. `unready` are the waiting turns whose chunks may not all be in DRAM yet."""
+    """Raises chunks into DRAM.
+
+    `unready` are the waiting turns that may have chunks to be fetched. A turn leaves it when all its chunks are in DRAM
+    or under way, and comes back when one of them arrives, fails or goes.
+    """
 
     def __init__(self, board: Board, evictor: Evictor, policy: PrefetchPolicy) -> None:
         self.unready: SortedKeys[Order] = SortedKeys()
@@ -53,7 +57,7 @@ class Fetcher:
             return FetchOutcome.IMPOSSIBLE
         if account.num_fetching >= self._board.config.max_fetches_in_flight:
             return FetchOutcome.NO_SLOT
-        if copy is not None:  # an older copy is on its way out
+        if copy is not None or self._board.is_claimed(node.node_id, needed_by):  # an older copy is on its way out
             return FetchOutcome.NO_BYTES
         if account.filled_bytes + chunk.num_bytes > share * account.budget_bytes:
             is_coming = self._evictor.make_room(place, chunk.num_bytes, share, needed_by)
@@ -74,11 +78,10 @@ class Fetcher:
         best: tuple[tuple[bool, int, NodeId], Copy] | None = None
         for place, copy in chunk.copies.items():
             is_own = place in node.places
-            if copy.state is not CopyState.RESIDENT or (place.tier is Tier.OBJECT and not is_own):
+            is_out_of_reach = place.tier is Tier.OBJECT and not is_own
+            if copy.state is not CopyState.RESIDENT or is_out_of_reach or place == Place(node.node_id, Tier.DRAM):
                 continue
             rank = (not is_own, STORE_TIERS.index(place.tier), place.node_id)
-            if place.node_id in (node.node_id,) and place.tier is Tier.DRAM:
-                continue
             if best is None or rank < best[0]:
                 best = (rank, copy)
         return best[1] if best else None
@@ -119,17 +122,30 @@ class Fetcher:
         self.unready.add(order)
         self._is_due = self._is_due or self.unready.position(order) < TURNS_PER_PASS
 
-    def note_gone(self, order: Order) -> None:
-        self.unready.discard(order)
+    def note_gone(self, order: Order, marks: Sequence[ChunkKey]) -> None:
+        """A turn waits no more; `marks` are those that others now need first. What it left to be fetched is theirs."""
+        if self.unready.discard(order):
+            heirs = [self._board.queue.next_use(mark) for mark in marks]
+            for heir in heirs:
+                if heir is not None:
+                    self.unready.add(heir)
         self._is_due = True
 
     def note_change(self) -> None:
-        """Bytes, slots, nodes or time: another look may find more to do."""
+        """Bytes, slots or time: another look may find more to do."""
+        self._is_due = True
+
+    def note_fleet(self) -> None:
+        """Nodes or replicas came or went: turns may run elsewhere now, and need their chunks there."""
+        queue = self._board.queue
+        for turn_id in queue.first(self._ask_window()):
+            if queue.turn(turn_id).reuse:
+                self.unready.add(queue.order_of(turn_id))
         self._is_due = True
 
     def prefetch(self) -> None:
         """One pass over the first unready turns inside the policy's window, if anything changed since the last one."""
-        if not self._is_due or not self.unready:
+        if not self._is_due or not self.unready or not self._has_slot():
             return
         self._is_due = False
         window = self._ask_window()
@@ -143,16 +159,25 @@ class Fetcher:
             turn_id = self._board.queue.turn_at(order)
             assert turn_id is not None, "only waiting turns are unready"
             found = self._find_needs(self._board.queue.turn(turn_id))
-            if found is None:
+            needs.extend(found)
+            if not found:
                 self.unready.discard(order)
                 self._is_due = True
-            else:
-                needs.extend(found)
         if needs:
             self._fetch_ahead(self._ask_choice(needs))
 
+    def _has_slot(self) -> bool:
+        """Whether any node with a replica can start another fetch."""
+        accounts = (self._catalog.accounts.get(Place(node_id, Tier.DRAM)) for node_id in self._board.fleet.hosts)
+        limit = self._board.config.max_fetches_in_flight
+        return any(account is not None and account.num_fetching < limit for account in accounts)
+
     def _fetch_ahead(self, needs: Iterable[FetchNeed]) -> None:
-        """Issue what can be issued now; a node without slots or bytes waits until something changes there."""
+        """Issue what can be issued now; a node without slots or bytes waits until something changes there.
+
+        DRAM is filled no further than to the low watermark: the rest is for new chunks, whose coming would otherwise
+        push out again what was just raised.
+        """
         full: set[NodeId] = set()
         for need in needs:
             chunk = self._catalog.chunks.get(need.chunk)
@@ -160,27 +185,24 @@ class Fetcher:
             if chunk is None or need.node_id in full:
                 continue
             order = self._board.queue.order_of(need.turn_id)
-            outcome = self.fetch(chunk, node, order, self._board.config.high_watermark)
+            outcome = self.fetch(chunk, node, order, self._board.config.low_watermark)
             if outcome is not FetchOutcome.ON_ITS_WAY:
                 full.add(need.node_id)
 
-    def _find_needs(self, turn: Turn) -> list[FetchNeed] | None:
-        """What the turn would read and is not in DRAM where it will probably run; None when nothing is left to do."""
-        links = find_links(turn.prompt, self._catalog, lambda chunk: 0 if chunk.is_live else None)
+    def _find_needs(self, turn: Turn) -> list[FetchNeed]:
+        """What the turn would read and is neither in DRAM where it will probably run nor on its way there."""
+        links = find_links(turn.prompt, self._catalog, live)
         node = self._likely_node([link.chunk for link in links])
-        if not turn.reuse or not links:
-            return None
         if node is None:
             return []
         place = Place(node.node_id, Tier.DRAM)
-        needs, num_underway = [], 0
+        needs = []
         for chunk in (link.chunk for link in links):
             copy = chunk.copies.get(place)
             if copy is not None and copy.state is CopyState.RESIDENT:
                 continue
             source = self.best_source(chunk, node)
             if (copy is not None and copy.is_live) or source is None or self._board.has_failed(chunk.key, place):
-                num_underway += 1
                 continue
             needs.append(
                 FetchNeed(
@@ -193,7 +215,7 @@ class Fetcher:
                     source_node=source.place.node_id,
                 )
             )
-        return needs if needs or num_underway else None
+        return needs
 
     def _likely_node(self, chunks: Sequence[Chunk]) -> Node | None:
         """The node with a replica and DRAM that holds most tokens of these chunks; with none, the emptiest one."""

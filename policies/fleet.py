@@ -20,6 +20,7 @@ class Replica:
     spec: ReplicaReady
     running: dict[TurnId, int] = field(default_factory=dict)
     stale: dict[TurnId, int] = field(default_factory=dict)
+    stale_attempts: dict[TurnId, int] = field(default_factory=dict)
     queued: dict[TurnId, int] = field(default_factory=dict)  # dispatched and not started: tokens to compute
     num_tokens: int = 0
     num_queued_tokens: int = 0
@@ -47,13 +48,19 @@ class Replica:
         self.start(turn_id)
         self.num_tokens -= self.running.pop(turn_id)
 
-    def make_stale(self, turn_id: TurnId) -> None:
-        """The turn is not wanted any more, but its slot is still taken."""
+    def make_stale(self, turn_id: TurnId, attempt: int) -> None:
+        """This attempt of the turn is not wanted any more, but its slot is still taken."""
         self.start(turn_id)
         self.stale[turn_id] = self.running.pop(turn_id)
+        self.stale_attempts[turn_id] = attempt
 
-    def release_stale(self, turn_id: TurnId) -> None:
+    def release_stale(self, turn_id: TurnId, attempt: int | None) -> bool:
+        """Free the slot of this attempt (None: of any); False when it holds none."""
+        if turn_id not in self.stale or attempt not in (None, self.stale_attempts[turn_id]):
+            return False
         self.num_tokens -= self.stale.pop(turn_id)
+        del self.stale_attempts[turn_id]
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +122,13 @@ class Fleet:
         if replica.num_tokens + num_tokens <= replica.spec.max_running_tokens:
             return True
         return replica.num_turns == 0 and num_tokens > self.largest_tokens
+
+    def nodes_with(self, place: Place) -> list[Node]:
+        """The nodes that have this place: one, or for the shared one all that have the tier."""
+        if place.tier is Tier.OBJECT:
+            return [node for node in self.nodes.values() if place in node.places]
+        node = self.nodes.get(place.node_id)
+        return [node] if node is not None else []
 
     def carrier_of(self, place: Place) -> NodeId | None:
         """A node that can act on this place: itself, or for the shared one any node that has the tier."""

@@ -6,11 +6,12 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from policies.catalog import INCOMING, Catalog, Copy, CopyState
-from policies.dispatching import Dispatcher, TurnState
+from policies.dispatching import Dispatcher
 from policies.fleet import Fleet
 from policies.messages import ChunkKey, TurnId
 from policies.places import Place
 from policies.queue import WaitingQueue, needed_marks
+from policies.turns import TurnState
 
 if TYPE_CHECKING:
     from policies.scheduler import Scheduler
@@ -178,6 +179,7 @@ def check_replicas(fleet: Fleet, dispatcher: Dispatcher) -> None:
     assert placed.keys() <= fleet.replicas.keys(), "a turn runs on a replica that is not known"
     for replica_id, replica in fleet.replicas.items():
         assert set(replica.running) == placed[replica_id]
+        assert replica.stale.keys() == replica.stale_attempts.keys()
         assert replica.queued.keys() <= replica.running.keys()
         assert replica.num_tokens == sum(replica.running.values()) + sum(replica.stale.values())
         assert replica.num_queued_tokens == sum(replica.queued.values())

@@ -129,6 +129,7 @@ class TurnStarted:
 
     turn_id: TurnId
     replica_id: ReplicaId
+    attempt: int | None = None  # of the Dispatch; None: whichever is there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +138,7 @@ class TurnFinished:
 
     turn_id: TurnId
     replica_id: ReplicaId
+    attempt: int | None = None  # of the Dispatch; None: whichever is there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,11 +280,16 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """Run this turn now on this replica, restoring by the plan."""
+    """Run this turn now on this replica, restoring by the plan.
+
+    No two Dispatches have the same `attempt`. A replica that names it in its answers lets the scheduler tell a late
+    word about an earlier attempt of the turn from one about this attempt.
+    """
 
     turn_id: TurnId
     replica_id: ReplicaId
     plan: RestorePlan
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,13 +342,14 @@ class Drop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """Stop this turn on its replica; its blocks are freed, its finished chunks are kept.
+    """Stop this attempt of the turn on its replica; its blocks are freed, its finished chunks are kept.
 
-    The replica answers with TurnFinished, also when it does not know the turn.
+    The replica answers with TurnFinished for this attempt, also when it does not know it (any more).
     """
 
     turn_id: TurnId
     replica_id: ReplicaId
+    attempt: int = 0
 
 
 Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel

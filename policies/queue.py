@@ -13,6 +13,8 @@ from policies.ordered import SortedKeys
 Order = tuple[int, int]
 """(priority, arrival number): the lower one goes first. Unique for a turn as long as it waits."""
 
+FIRST: Order = (-(1 << 62), 0)  # before every turn
+
 
 class WaitingQueue:
     """Waiting turns, and for every mark of their prompts the turns that have it.

@@ -41,7 +41,9 @@ def find_links(prompt: Sequence[Mark], catalog: Catalog, usable: Usable) -> list
         best: tuple[Link, int] | None = None
         for number in range(first, len(prompt)):
             mark = prompt[number]
-            carriers = list(catalog.carriers(mark.key))
+            carriers = catalog.carriers(mark.key)
+            if not carriers:
+                continue
             if any(chunk.start > position for chunk in carriers):
                 break
             chunk = _best(carriers, position, usable)
@@ -54,13 +56,18 @@ def find_links(prompt: Sequence[Mark], catalog: Catalog, usable: Usable) -> list
     return links
 
 
-def _best(carriers: list[Chunk], position: int, usable: Usable) -> Chunk | None:
+def _best(carriers: Sequence[Chunk], position: int, usable: Usable) -> Chunk | None:
     """Of the carriers that start here, the one with the best usable copy, the first among equals."""
     best: tuple[int, Chunk] | None = None
     for chunk in carriers:
         if chunk.start == position and (quality := usable(chunk)) is not None and (best is None or quality < best[0]):
             best = (quality, chunk)
     return best[1] if best else None
+
+
+def live(chunk: Chunk) -> int | None:
+    """Usable: has a copy, or is about to have one; better if no longer chunk is about to take its place."""
+    return int(chunk.superseded) if chunk.is_live else None
 
 
 def find_copy(chunk: Chunk, places: Sequence[Place]) -> Copy | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -25,6 +25,7 @@ from policies.messages import (
     Tier,
 )
 from policies.places import Place, place_of
+from policies.queue import FIRST
 from policies.restore import find_copy
 
 
@@ -47,7 +48,8 @@ class Saver:
     """Every offered chunk is answered once: with a Save, or with a Decline at once, after a deadline, or on failure."""
 
     def __init__(self, board: Board, evictor: Evictor, policy: AdmissionPolicy) -> None:
-        self.pending: dict[NodeId, dict[ChunkKey, PendingOffer]] = {}  # by age; parents stand before their children
+        # By age: parents stand before their children.
+        self.pending: defaultdict[NodeId, OrderedDict[ChunkKey, PendingOffer]] = defaultdict(OrderedDict)
         self._board, self._evictor, self._policy = board, evictor, policy
         self._catalog = board.catalog
         board.when_overdue[CopyState.SAVING] = self._fail
@@ -82,12 +84,12 @@ class Saver:
         if not has_parent or info.num_bytes > account.budget_bytes or not self._is_admitted(event, info):
             self._catalog.remember(info.key, Cause.DECLINED)
             return Verdict.DECLINE
-        if not self.pending.get(event.node_id) and self._begin(info, event.replica_id, place):
+        if not self.pending[event.node_id] and self._begin(info, event.replica_id, place):
             return Verdict.SAVE
         return self._let_wait(info, event.replica_id, event.node_id)
 
     def _is_repeated(self, event: ChunksReady, info: ChunkInfo) -> bool:
-        offer = self.pending.get(event.node_id, {}).get(info.key)
+        offer = self.pending[event.node_id].get(info.key)
         if offer is not None:
             return offer.replica_id == event.replica_id
         chunk = self._catalog.chunks.get(info.key)
@@ -99,7 +101,7 @@ class Saver:
 
         A chunk that lies elsewhere and could not be fetched to this node a moment ago is worth a copy here.
         """
-        if info.key in self.pending.get(place.node_id, {}):
+        if info.key in self.pending[place.node_id]:
             return True
         chunk = self._catalog.covering(info.key)
         if chunk is None:
@@ -110,7 +112,7 @@ class Saver:
         return place in chunk.copies or find_copy(chunk, self._board.fleet.places_of(place.node_id)) is not None
 
     def _has_parent(self, info: ChunkInfo, node_id: NodeId) -> bool:
-        if info.parent is None or info.parent in self.pending.get(node_id, {}):
+        if info.parent is None or info.parent in self.pending[node_id]:
             return info.parent is not None
         parent = self._catalog.chunks.get(info.parent)
         return parent is not None and parent.is_live
@@ -147,11 +149,12 @@ class Saver:
     # --- offers that wait for bytes -----------------------------------------------------------------------------------
 
     def _let_wait(self, info: ChunkInfo, replica_id: ReplicaId, node_id: NodeId) -> Verdict:
-        pending = self.pending.setdefault(node_id, {})
+        pending = self.pending[node_id]
         if len(pending) >= self._board.config.max_pending_offers:
             self._catalog.remember(info.key, Cause.DECLINED)
             return Verdict.DECLINE
         offer = pending[info.key] = PendingOffer(info, replica_id)
+        self._board.claim(node_id, FIRST)
         self._board.timers.at(self._board.now + self._board.config.offer_deadline_s, self._give_up, node_id, offer)
         self._evictor.make_room(Place(node_id, Tier.DRAM), info.num_bytes)
         return Verdict.WAIT
@@ -159,10 +162,10 @@ class Saver:
     def retry(self, node_id: NodeId) -> None:
         """Bytes may be free: save what waits for them, oldest first, until one does not fit."""
         place = Place(node_id, Tier.DRAM)
-        pending = self.pending.get(node_id, {})
+        pending = self.pending[node_id]
         saves: dict[ReplicaId, list[ChunkInfo]] = defaultdict(list)
         while pending:
-            offer = pending.pop(next(iter(pending)))
+            _, offer = pending.popitem(last=False)
             info = offer.info
             if self._is_stored(info, place) or not (info.start == 0 or self._has_parent(info, node_id)):
                 self._catalog.remember(info.key, Cause.DECLINED)
@@ -170,26 +173,39 @@ class Saver:
             elif self._begin(info, offer.replica_id, place):
                 saves[offer.replica_id].append(info)
             else:
-                self.pending[node_id] = {info.key: offer, **pending}
+                pending[info.key] = offer
+                pending.move_to_end(info.key, last=False)
                 self._evictor.make_room(place, info.num_bytes)
                 break
+        self._settle_claim(node_id)
         for replica_id, infos in saves.items():
             self._send_save(node_id, replica_id, infos)
 
     def _give_up(self, node_id: NodeId, offer: PendingOffer) -> None:
-        if self.pending.get(node_id, {}).get(offer.info.key) is offer:
+        if self.pending[node_id].get(offer.info.key) is offer:
             del self.pending[node_id][offer.info.key]
+            self._settle_claim(node_id)
+            self._board.freed_nodes.add(node_id)
             self._catalog.remember(offer.info.key, Cause.DECLINED)
             self._decline(offer.replica_id, [offer.info.key])
 
     def forget_replica(self, replica_id: ReplicaId) -> None:
         """Its write buffer is gone; Saves under way fail by themselves."""
         for node_id, pending in self.pending.items():
-            self.pending[node_id] = {key: offer for key, offer in pending.items() if offer.replica_id != replica_id}
+            for key in [key for key, offer in pending.items() if offer.replica_id == replica_id]:
+                del pending[key]
+            self._settle_claim(node_id)
+            self._board.freed_nodes.add(node_id)
+
+    def _settle_claim(self, node_id: NodeId) -> None:
+        """Offers that wait there have a claim on bytes that become free, before every turn."""
+        if not self.pending[node_id]:
+            self._board.disclaim(node_id, FIRST)
 
     def forget_node(self, node_id: NodeId) -> None:
-        for offer in self.pending.pop(node_id, {}).values():
+        for offer in self.pending.pop(node_id, OrderedDict()).values():
             self._decline(offer.replica_id, [offer.info.key])
+        self._settle_claim(node_id)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

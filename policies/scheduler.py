@@ -28,6 +28,7 @@ from policies.fetching import Fetcher
 from policies.fleet import Fleet
 from policies.placement import PlacementPolicy
 from policies.places import Account, Place
+from policies.placing import Placer
 from policies.plugins import Guard, load_policy, require_verbs
 from policies.prefetch import PrefetchPolicy
 from policies.queue import WaitingQueue
@@ -64,9 +65,8 @@ class Scheduler:
         self.evictor = Evictor(self.board)
         self.saver = Saver(self.board, self.evictor, cast(AdmissionPolicy, self._policy("admission", admission)))
         self.fetcher = Fetcher(self.board, self.evictor, cast(PrefetchPolicy, self._policy("prefetch", prefetch)))
-        self.dispatcher = Dispatcher(
-            self.board, self.fetcher, cast(PlacementPolicy, self._policy("placement", placement))
-        )
+        placer = Placer(self.board, cast(PlacementPolicy, self._policy("placement", placement)))
+        self.dispatcher = Dispatcher(self.board, self.fetcher, placer)
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.TurnSubmitted: lambda event: self.dispatcher.submit(event.turn),
             m.TurnCancelled: self._on_cancelled,
@@ -174,19 +174,20 @@ class Scheduler:
         self.board.changed_places.update(node.places)
         self.board.freed_nodes.add(event.node_id)
         self.dispatcher.note_change()
+        self.fetcher.note_fleet()
 
     def _on_node_lost(self, event: m.NodeLost) -> None:
         if event.node_id not in self.board.fleet.nodes:
             self.board.note_stale("NodeLost")
             return
         self._forget_node(event.node_id)
-        self.dispatcher.note_freed(event.node_id)
+        self.dispatcher.note_lost(event.node_id)
 
     def _forget_node(self, node_id: m.NodeId) -> None:
         self.saver.forget_node(node_id)
         self.evictor.lose_places(node_id)
         self.board.fleet.remove_node(node_id)
-        self.fetcher.note_change()
+        self.fetcher.note_fleet()
 
     def _on_replica_ready(self, event: m.ReplicaReady) -> None:
         """The same replica again: it restarted, and what ran on it and lay in its write buffer is gone."""
@@ -194,7 +195,7 @@ class Scheduler:
             self._forget_replica(event.replica_id)
         self.board.fleet.add_replica(event)
         self.dispatcher.note_change()
-        self.fetcher.note_change()
+        self.fetcher.note_fleet()
 
     def _on_replica_lost(self, event: m.ReplicaLost) -> None:
         if event.replica_id not in self.board.fleet.replicas:
@@ -206,6 +207,7 @@ class Scheduler:
         self.dispatcher.forget_replica(replica_id)
         self.saver.forget_replica(replica_id)
         self.board.fleet.remove_replica(replica_id)
+        self.fetcher.note_fleet()
 
     def _on_tick(self, _: m.Tick) -> None:
         self.board.catalog.expire(self.board.now - self.config.session_ttl_s)

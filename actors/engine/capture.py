@@ -95,7 +95,7 @@ class Capture:
     def _hand_over(self, sequence: Sequence, index: int, end: int) -> None:
         slot = sequence.slots.pop(index)
         span = sequence.chunk_span(index, end)
-        if span.key in sequence.known_keys or span.key in self._ready:
+        if span.key in sequence.known_keys or span.key in self._ready or not self._ready.has_room():
             self._buffer.release(slot)
             return
         size = sequence.table.block_tokens

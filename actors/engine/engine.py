@@ -114,7 +114,7 @@ class Engine:
         self._mailbox.abort(turn_id)
 
     def take_chunk(self, key: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a ready chunk; they leave the engine. KeyError if they are not here (any more)."""
+        """The bytes of a chunk on offer; waits until it is encoded. KeyError if it is not here (any more)."""
         return self._ready.take(key)
 
     def drop_chunk(self, key: str) -> None:

@@ -25,9 +25,11 @@ from torch import Tensor
 from actors.engine.blocks import KVPool
 from actors.engine.sequence import ChunkSpan
 from actors.engine.turns import ReadyChunk
-from storage.format import ChunkHeader, LayerShape, encode
+from storage.format import ChunkHeader, LayerShape, encode, encoded_size
 
 log = logging.getLogger(__name__)
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class WriteBuffer:
@@ -97,56 +99,62 @@ class SaveJob:
 
 
 class ReadyChunks:
-    """Encoded chunks on offer. Thread-safe; at most `limit` at a time, further ones are dropped."""
+    """Chunks on offer, each with the future of its bytes. Thread-safe; at most `limit` at a time.
+
+    A chunk is announced when its turn hands it over, not when it is encoded: whoever hears of a finished turn has heard
+    of its chunks, and waits a moment in `take` at most.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.num_dropped = 0
         self._lock = Lock()
-        self._data: dict[str, npt.NDArray[np.uint8]] = {}
+        self._offers: dict[str, tuple[ReadyChunk, Future[Bytes]]] = {}
         self._news: list[ReadyChunk] = []
 
-    def offer(self, chunk: ReadyChunk, data: npt.NDArray[np.uint8]) -> bool:
-        """False if there was no room. The same key twice is one offer."""
+    def has_room(self) -> bool:
+        """Whether one more may be announced; counts a drop if not."""
         with self._lock:
-            if chunk.header.key in self._data:
+            if len(self._offers) < self.limit:
                 return True
-            if len(self._data) >= self.limit:
-                self.num_dropped += 1
-                return False
-            self._data[chunk.header.key] = data
+            self.num_dropped += 1
+            return False
+
+    def announce(self, chunk: ReadyChunk, data: Future[Bytes]) -> None:
+        with self._lock:
+            self._offers[chunk.header.key] = (chunk, data)
             self._news.append(chunk)
-            return True
 
     def news(self) -> list[ReadyChunk]:
-        """What was offered since the last call and is still here."""
+        """What was announced since the last call and is still here."""
         with self._lock:
             news, self._news = self._news, []
-            return [chunk for chunk in news if chunk.header.key in self._data]
+            return [chunk for chunk in news if chunk.header.key in self._offers]
 
-    def take(self, key: str) -> npt.NDArray[np.uint8]:
-        """The chunk's bytes; they leave the buffer. KeyError if they are not here."""
+    def take(self, key: str) -> Bytes:
+        """The chunk's bytes, as soon as they are encoded; they leave the buffer. KeyError if they are not here."""
         with self._lock:
-            return self._data.pop(key)
+            _, data = self._offers.pop(key)
+        return data.result()
 
     def drop(self, key: str) -> None:
         """Forgets a chunk; unknown keys are fine."""
         with self._lock:
-            self._data.pop(key, None)
+            self._offers.pop(key, None)
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
-            return key in self._data
+            return key in self._offers
 
     @property
     def num_chunks(self) -> int:
         with self._lock:
-            return len(self._data)
+            return len(self._offers)
 
     @property
     def num_bytes(self) -> int:
         with self._lock:
-            return sum(data.nbytes for data in self._data.values())
+            return sum(chunk.num_bytes for chunk, _ in self._offers.values())
 
 
 class Saver:
@@ -164,10 +172,22 @@ class Saver:
         self._pool, self._buffer, self._ready = pool, buffer, ready
         self._layers, self._dtype_name, self._wake = layers, dtype_name, wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
-        self._running: list[tuple[SaveJob, Future[None]]] = []
+        self._running: list[tuple[SaveJob, Future[Bytes]]] = []
 
     def submit(self, job: SaveJob) -> None:
-        future = self._executor.submit(self._save, job)
+        """Announces the chunk and encodes it in the background."""
+        header = ChunkHeader(
+            key=job.span.key,
+            parent=job.span.parent,
+            root=job.root,
+            start=job.span.start,
+            token_ids=job.span.token_ids,
+            marks=job.span.marks,
+            dtype=self._dtype_name,
+            layers=self._layers,
+        )
+        future = self._executor.submit(self._encode, job, header)
+        self._ready.announce(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=encoded_size(header)), future)
         self._running.append((job, future))
         future.add_done_callback(lambda _: self._wake())
 
@@ -183,29 +203,17 @@ class Saver:
             error = future.exception()
             if error is not None:
                 log.error("chunk %s of turn %s was not saved", job.span.key, job.turn_id, exc_info=error)
+                self._ready.drop(job.span.key)
         return [job for job, _ in done]
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
 
-    def _save(self, job: SaveJob) -> None:
-        if job.span.key in self._ready:
-            return
-        header = ChunkHeader(
-            key=job.span.key,
-            parent=job.span.parent,
-            root=job.root,
-            start=job.span.start,
-            token_ids=job.span.token_ids,
-            marks=job.span.marks,
-            dtype=self._dtype_name,
-            layers=self._layers,
-        )
+    def _encode(self, job: SaveJob, header: ChunkHeader) -> Bytes:
         with torch.inference_mode():
             rows = job.rows.to(self._pool.device)
             arrays = [self._layer_arrays(layer, job, rows) for layer in range(len(self._layers))]
-        data = encode(header, arrays)
-        self._ready.offer(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=data.nbytes), data)
+        return encode(header, arrays)
 
     def _layer_arrays(self, layer: int, job: SaveJob, rows: Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         keys = self._buffer.get(layer, job.slot, len(job.span.token_ids))

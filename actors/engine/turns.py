@@ -51,8 +51,8 @@ class EngineConfig:
     max_running_turns: int = 16
     write_buffer_chunks: int = 32
     """Slots for raw keys, one per chunk being written. Without a free slot a chunk is not saved; nothing waits."""
-    max_ready_chunks: int = 64
-    """Encoded chunks on offer at a time; further ones are dropped."""
+    max_ready_chunks: int = 256
+    """Chunks on offer at a time; further ones are dropped."""
     num_loaders: int = 2
     """Threads that restore chunks."""
     num_threads: int | None = None
@@ -231,7 +231,7 @@ class TurnOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyChunk:
-    """An encoded chunk on offer: `Engine.take_chunk(header.key)` gives its bytes, `drop_chunk` forgets them."""
+    """A chunk on offer: `Engine.take_chunk(header.key)` gives its bytes once encoded, `drop_chunk` forgets them."""
 
     turn_id: str
     header: ChunkHeader

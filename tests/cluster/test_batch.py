@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import ray
 
 from actors.engine.params import SamplingParams
 from cluster import bringup
-from cluster.batch import BatchOptions, Listener, run_batch
+from cluster.batch import BatchOptions, Listener, run_batch, run_on
 from cluster.config import Config, config_from
 from cluster.conversations import InputError
 from cluster.results import Row
@@ -74,12 +74,19 @@ def answers(out: Path) -> dict[tuple[str, int], list[int]]:
 
 
 @pytest.fixture(scope="module")
+def cluster(local_ray: None, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bringup.Running]:
+    """One cluster for all tests that need no special one; with an SSD tier."""
+    ssd = tmp_path_factory.mktemp("ssd")
+    with bringup.running(config_for(small_model, ssd_url=str(ssd), ssd_bytes=64 << 20)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def undisturbed(
-    local_ray: None, small_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: bringup.Running, chats: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    report = run_batch(config_for(small_model), options_for(chats, out, compare=True), Listener())
-    return out, report
+    return out, run_on(cluster, options_for(chats, out, compare=True), Listener())
 
 
 def check_accounts(report: dict[str, Any]) -> None:
@@ -163,34 +170,12 @@ def test_two_replicas_share_the_store(
     assert answers(tmp_path / "out") == answers(undisturbed[0])
 
 
-def test_recorded_answers_can_be_the_history(small_model: Path, chats: Path, tmp_path: Path) -> None:
+def test_recorded_answers_can_be_the_history(cluster: bringup.Running, chats: Path, tmp_path: Path) -> None:
     options = options_for(chats, tmp_path / "out", history="recorded", compare=True)
-    report = run_batch(config_for(small_model), options, Listener())
+    report = run_on(cluster, options, Listener())
     check_accounts(report)
     assert report["answers_differing"] == 0
     assert report["hit_rate"] > 0.5
-
-
-def _disturb(
-    monkeypatch: pytest.MonkeyPatch, harm: Callable[[bringup.Running], None], after_turns: int = 5
-) -> Listener:
-    """A listener that does harm to the running cluster after a few turns."""
-    cluster: list[bringup.Running] = []
-    bring_up = bringup._bring_up
-
-    def remember(config: Config, actors: list[Any]) -> bringup.Running:
-        cluster.append(bring_up(config, actors))
-        return cluster[0]
-
-    monkeypatch.setattr(bringup, "_bring_up", remember)
-    seen: list[Row] = []
-
-    def turn_done(row: Row) -> None:
-        seen.append(row)
-        if len(seen) == after_turns:
-            threading.Thread(target=harm, args=(cluster[0],)).start()
-
-    return Listener(turn_done=turn_done)
 
 
 def _kill_replica(cluster: bringup.Running) -> None:
@@ -214,14 +199,18 @@ def _kill_shard(cluster: bringup.Running) -> None:
 def test_a_dead_actor_costs_time_and_nothing_else(
     harm: Callable[[bringup.Running], None],
     undisturbed: tuple[Path, dict[str, Any]],
-    small_model: Path,
+    cluster: bringup.Running,
     chats: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    listener = _disturb(monkeypatch, harm)
-    config = config_for(small_model, ssd_url=str(tmp_path / "ssd"), ssd_bytes=64 << 20)
-    report = run_batch(config, options_for(chats, tmp_path / "out"), listener)
+    seen: list[Row] = []
+
+    def turn_done(row: Row) -> None:
+        seen.append(row)
+        if len(seen) == 5:
+            threading.Thread(target=harm, args=(cluster,)).start()
+
+    report = run_on(cluster, options_for(chats, tmp_path / "out"), Listener(turn_done=turn_done))
     assert report["turns"] == NUM_CONVERSATIONS * NUM_TURNS
     assert report["failed_turns"] == 0
     assert report["unaccounted_tokens"] == 0
@@ -244,7 +233,7 @@ def test_corrupt_files_are_misses(
     assert report["recomputed_tokens"]["corrupt"] > 0
 
 
-def test_a_prompt_beyond_the_window_ends_its_conversation_only(small_model: Path, tmp_path: Path) -> None:
+def test_a_prompt_beyond_the_window_ends_its_conversation_only(cluster: bringup.Running, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     long_one = {
         "id": "long",
@@ -254,7 +243,7 @@ def test_a_prompt_beyond_the_window_ends_its_conversation_only(small_model: Path
     file.write_text(json.dumps(long_one) + "\n" + json.dumps(short_one) + "\nnot json\n")
     problems: list[str] = []
     listener = Listener(problem=lambda problem: problems.append(f"{problem.where}: {problem.what}"))
-    report = run_batch(config_for(small_model), options_for(file, tmp_path / "out"), listener)
+    report = run_on(cluster, options_for(file, tmp_path / "out"), listener)
     assert (report["turns"], report["failed_turns"], report["skipped_conversations"]) == (3, 2, 2)
     assert any(line.startswith(f"{file}:3: ") for line in problems)
     assert any(f"{file}:1: turn 0: the prompt has" in line for line in problems)
@@ -267,9 +256,9 @@ def test_strict_stops_at_the_first_problem(small_model: Path, tmp_path: Path) ->
         run_batch(config_for(small_model), options_for(file, tmp_path / "out", strict=True), Listener())
 
 
-def test_arrivals_and_think_times_take_their_time(small_model: Path, chats: Path, tmp_path: Path) -> None:
+def test_arrivals_and_think_times_take_their_time(cluster: bringup.Running, chats: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     options = options_for(chats, tmp_path / "out", limit=2, think_time_s=0.3, arrival_rate=5.0, seed=3)
-    report = run_batch(config_for(small_model), options, Listener())
+    report = run_on(cluster, options, Listener())
     assert report["turns"] == 2 * NUM_TURNS
     assert time.monotonic() - began > 0.5

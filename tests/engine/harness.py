@@ -112,11 +112,18 @@ class Owner:
         self.engine.add(request)
 
     def step(self) -> list[TurnOutput]:
-        outputs = self.engine.step()
+        outputs = self.step_without_taking()
+        self.take_chunks()
+        return outputs
+
+    def take_chunks(self) -> None:
         for ready in self.engine.ready_chunks():
             data = self.engine.take_chunk(ready.header.key)
             assert data.nbytes == ready.num_bytes
             self.store.put(ready.header, data)
+
+    def step_without_taking(self) -> list[TurnOutput]:
+        outputs = self.engine.step()
         for output in outputs:
             self._hear(output)
         self.engine.check()

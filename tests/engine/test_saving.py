@@ -7,8 +7,9 @@ import threading
 import pytest
 
 from actors.engine.params import SamplingParams
-from actors.engine.save import SaveJob
+from actors.engine.save import Bytes, SaveJob
 from actors.engine.turns import FinishReason
+from storage.format import ChunkHeader
 from storage.keys import chain
 from tests.engine.harness import CHUNK, GREEDY, Owner, make_engine
 from tests.engine.models import loaded, random_prompt, stock_answer
@@ -109,21 +110,22 @@ def test_blocks_are_not_used_again_before_their_chunk_is_copied(monkeypatch: pyt
     """The saver is held up; meanwhile another turn wants every block there is."""
     owner = Owner(make_engine(loaded("llama"), kv_tokens=60))
     saver, go = owner.engine._saver, threading.Event()
-    save = saver._save
+    encode = saver._encode
 
-    def wait_and_save(job: SaveJob) -> None:
+    def wait_and_encode(job: SaveJob, header: ChunkHeader) -> Bytes:
         assert go.wait(30)
-        save(job)
+        return encode(job, header)
 
-    monkeypatch.setattr(saver, "_save", wait_and_save)
+    monkeypatch.setattr(saver, "_encode", wait_and_encode)
     owner.add("first", PROMPT, SamplingParams(max_new_tokens=1))
     other = random_prompt(50, 7)
     owner.add("second", other, SamplingParams(max_new_tokens=1))
     for _ in range(8):
-        owner.step()
+        owner.step_without_taking()
     assert owner.results["first"].finish is not None
     assert owner.results["second"].started == []  # the answer of the first did not wait, the second does
     go.set()
+    owner.take_chunks()
     owner.run()
     longer = (*PROMPT, 9)
     again = Owner(make_engine(loaded("llama")))
@@ -151,3 +153,26 @@ def test_an_aborted_turn_keeps_what_it_had_computed() -> None:
     owner.engine.abort("t")
     owner.run()
     assert _ends(owner) == [(0, [16]), (16, [20])]
+
+
+def test_chunks_of_a_finished_turn_are_announced_with_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever hears that the turn is over must find its chunks known, encoded or not: the next may come at once."""
+    engine = make_engine(loaded("llama"))
+    saver, go = engine._saver, threading.Event()
+    encode = saver._encode
+
+    def wait_and_encode(job: SaveJob, header: ChunkHeader) -> Bytes:
+        assert go.wait(30)
+        return encode(job, header)
+
+    monkeypatch.setattr(saver, "_encode", wait_and_encode)
+    Owner(engine).add("t", PROMPT, SamplingParams(max_new_tokens=1))
+    while not any(output.finish_reason for output in engine.step()):
+        pass
+    announced = engine.ready_chunks()
+    assert announced[-1].header.end == len(PROMPT)
+    threading.Timer(0.05, go.set).start()
+    assert engine.take_chunk(announced[-1].header.key).nbytes == announced[-1].num_bytes
+    while engine.has_work:
+        engine.step()
+    engine.check()

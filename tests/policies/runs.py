@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from policies import messages as m
 from policies.catalog import CopyState
-
-from tests.policies.world import ReplicaSim, StoreSim, World
+from tests.policies.parts import ReplicaSim, StoreSim
+from tests.policies.world import World
 
 PATIENCE_S = 1000.0
 QUIET_S = 200.0  # longer than every duration of the configs in use
 LOSABLE = (m.ChunksSaved, m.ChunkFetched, m.ChunkDemoted, m.ChunkDropped, m.CommandFailed, m.TurnStarted, m.ChunksReady)
+"""Answers of stores and replicas. What a replica or a client says of a turn's end is not lost unless the replica is."""
 
 
 def run(world: World, max_talks: int = 8) -> None:
@@ -43,8 +44,13 @@ def _step(world: World, max_talks: int) -> None:
 def _execute(world: World) -> None:
     task = world.tasks.pop(world.choices.below(len(world.tasks)))
     if not world.setup.is_reliable and world.choices.once_in(10):
-        if isinstance(task.command, m.Dispatch) or world.choices.once_in(2):
-            world.hear(m.CommandFailed(command=task.command, reason="bad luck"))
+        if isinstance(task.command, m.Dispatch):  # as if its replica had died; if it has, its client asks again
+            if world.has_died(task):
+                world.mail += world.execute(task)
+            else:  # heard at once: nobody else knows that this turn goes nowhere
+                world.hear(world.refuse(task.command, "bad luck"))
+        elif world.choices.once_in(2):
+            world.mail.append(world.refuse(task.command, "bad luck"))
         return  # or lost
     world.mail += world.execute(task)
 
@@ -105,6 +111,7 @@ def _restart_store(world: World, store: StoreSim) -> None:
     if world.choices.once_in(3) and m.Tier.SSD in store.content:
         store.content[m.Tier.SSD].clear()
     store.is_alive = True
+    world.recall(m.NodeLost(store.node_id))
     world.hear(world.joined(store))
 
 
@@ -123,6 +130,7 @@ def _restart_replica(world: World, replica: ReplicaSim) -> None:
 
 def _stop_replica(world: World, replica: ReplicaSim) -> None:
     """Its clients see it die before the scheduler hears of it, or after."""
+    world.recall(replica.spec)
     replica.life += 1
     replica.buffer.clear()
     talks = [job.talk for turn_id, job in replica.jobs.items() if job.is_wanted]
@@ -193,9 +201,7 @@ def check_rest(world: World) -> None:
     assert not world.scheduler.board.failed, "failures are forgiven in time"
     assert not any(replica.stale or replica.queued for replica in world.scheduler.board.fleet.replicas.values())
     if world.setup.is_reliable:
-        believed = {
-            (place.node_id, place.tier): set(chunks) for place, chunks in catalog.at.items() if chunks
-        }
+        believed = {(place.node_id, place.tier): set(chunks) for place, chunks in catalog.at.items() if chunks}
         stored = {
             ("shared" if tier is m.Tier.OBJECT else store.node_id, tier): set(content)
             for store in world.stores

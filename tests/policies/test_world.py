@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from random import Random
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policies.messages import SchedulerConfig
-
+from tests.policies.parts import Setup
 from tests.policies.runs import run
-from tests.policies.world import Setup, World
+from tests.policies.world import World
 
-EXAMPLES = int(os.environ.get("WORLD_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("WORLD_EXAMPLES", "120"))
 
 
 @st.composite
@@ -48,6 +49,53 @@ def setups(draw: st.DrawFn, *, is_reliable: bool) -> Setup:
     )
 
 
+choices = st.builds(lambda size, seed: Random(seed).randbytes(size), st.integers(20, 1200), st.integers(0, 1 << 32))
+
+
+class Chaos:
+    """A policy of every kind that decides at random, and now and then raises or answers nonsense."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+        self._known: dict[Any, set[str]] = {}
+
+    def _stumble(self) -> None:
+        if self._random.random() < 0.1:
+            raise RuntimeError("chaos")
+
+    def add(self, place: Any, chunk: Any) -> None:
+        self._stumble()
+        self._known.setdefault(place, set()).add(chunk.key)
+
+    def remove(self, place: Any, key: str) -> None:
+        self._stumble()
+        self._known[place].discard(key)
+
+    def victims(self, place: Any, count: int) -> list[str]:
+        self._stumble()
+        known = sorted(self._known.get(place, ()))
+        return self._random.sample(known, min(count, len(known)))
+
+    def may_drop(self, chunk: Any, position: int | None, outlook: Any) -> Any:
+        self._stumble()
+        return self._random.choice((True, False, None))
+
+    def window(self, outlook: Any) -> Any:
+        self._stumble()
+        return self._random.choice((0, 1, 9, None))
+
+    def admit(self, offer: Any, outlook: Any) -> Any:
+        self._stumble()
+        return self._random.choice((True, True, False, None))
+
+    def choose(self, *offered: Any) -> Any:
+        """Of a prefetch or a placement policy."""
+        self._stumble()
+        if len(offered) == 1:
+            return self._random.sample(offered[0], self._random.randrange(len(offered[0]) + 1))
+        return self._random.choice([*(option.replica_id for option in offered[1]), "nobody"])
+
+
 def many(function: Any) -> Any:
     return settings(
         max_examples=EXAMPLES,
@@ -57,13 +105,28 @@ def many(function: Any) -> Any:
 
 
 @many
-@given(setup=setups(is_reliable=True), data=st.binary(max_size=600))
+@given(setup=setups(is_reliable=True), data=choices)
 def test_reliable_world(setup: Setup, data: bytes) -> None:
     """Nothing is refused by a store, no leased chunk is missing, and the catalog ends up being the truth."""
     run(World(setup, data))
 
 
 @many
-@given(setup=setups(is_reliable=False), data=st.binary(max_size=600))
+@given(setup=setups(is_reliable=False), data=choices)
 def test_unreliable_world(setup: Setup, data: bytes) -> None:
     run(World(setup, data))
+
+
+@many
+@given(setup=setups(is_reliable=True), data=choices, seed=st.integers(0, 1 << 32))
+def test_reliable_world_with_chaotic_policies(setup: Setup, data: bytes, seed: int) -> None:
+    """However badly policies decide: turns are served, budgets kept, leased chunks there."""
+    chaos = Chaos(seed)
+    run(World(setup, data, eviction=chaos, prefetch=chaos, placement=chaos, admission=chaos))
+
+
+@many
+@given(setup=setups(is_reliable=False), data=choices, seed=st.integers(0, 1 << 32))
+def test_unreliable_world_with_chaotic_policies(setup: Setup, data: bytes, seed: int) -> None:
+    chaos = Chaos(seed)
+    run(World(setup, data, eviction=chaos, prefetch=chaos, placement=chaos, admission=chaos))

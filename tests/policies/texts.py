@@ -38,13 +38,18 @@ def tokens_of(key: str) -> Tokens:
     return _tokens_of[key]
 
 
+def bytes_of(key: str) -> int:
+    """The size of the chunk of that key."""
+    return ((len(tokens_of(key)) - 1) % C + 1) * TOKEN_BYTES
+
+
 def marks_of(tokens: Tokens, cuts: Iterable[int] = ()) -> tuple[Mark, ...]:
     """Marks at every multiple of C, at the cuts and at the end."""
     ends = {*range(C, len(tokens) + 1, C), *(cut for cut in cuts if 0 < cut <= len(tokens)), len(tokens)}
     return tuple(Mark(end, key_of(tokens[:end])) for end in sorted(ends))
 
 
-def chunk_of(tokens: Tokens, start: int, cuts: Iterable[int] = (), token_bytes: int = TOKEN_BYTES) -> ChunkInfo:
+def chunk_of(tokens: Tokens, start: int, cuts: Iterable[int] = ()) -> ChunkInfo:
     """The chunk that begins at `start` and goes on for C tokens, or to the end of the text."""
     end = min(start + C, len(tokens))
     ends = sorted({*(cut for cut in cuts if start < cut < end), end})
@@ -53,7 +58,7 @@ def chunk_of(tokens: Tokens, start: int, cuts: Iterable[int] = (), token_bytes: 
         parent=key_of(tokens[:start]) if start else None,
         start=start,
         end=end,
-        num_bytes=(end - start) * token_bytes,
+        num_bytes=(end - start) * TOKEN_BYTES,
         marks=tuple(Mark(end, key_of(tokens[:end])) for end in ends),
     )
 
@@ -86,5 +91,3 @@ def turn_of(
         reuse=reuse,
         drift_at=drift_at,
     )
-
-

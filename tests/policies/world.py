@@ -9,126 +9,12 @@ byte string, so a failing run can be repeated and shrunk.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
 
 from policies import messages as m
 from policies.places import SHARED
 from policies.scheduler import Scheduler
-
-from tests.policies.texts import C, Tokens, chunk_of, key_of, tokens_of, turn_of
-
-T = TypeVar("T")
-
-
-class Choices:
-    """Decisions read from a byte string: 0, the tamest one, when it is used up."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    @property
-    def is_used_up(self) -> bool:
-        return self._at >= len(self._data)
-
-    def below(self, count: int) -> int:
-        if self.is_used_up or count < 2:
-            return 0
-        self._at += 1
-        return self._data[self._at - 1] % count
-
-    def pick(self, options: Sequence[T]) -> T:
-        return options[self.below(len(options))]
-
-    def once_in(self, count: int) -> bool:
-        return self.below(count) == count - 1
-
-
-@dataclass
-class StoreSim:
-    """A node's store: what its tiers really hold. OBJECT is the world's bucket."""
-
-    node_id: str
-    budgets: dict[m.Tier, int]
-    content: dict[m.Tier, dict[str, m.ChunkInfo]]
-    life: int = 0  # counts restarts: commands to an earlier life have no effect
-    is_alive: bool = True
-
-    def used(self, tier: m.Tier) -> int:
-        return sum(info.num_bytes for info in self.content[tier].values())
-
-    def put(self, tier: m.Tier, info: m.ChunkInfo) -> bool:
-        """Whether there was room. The budget is the store's own, too."""
-        if info.key not in self.content[tier]:
-            if self.used(tier) + info.num_bytes > self.budgets[tier]:
-                return False
-            self.content[tier][info.key] = info
-        return True
-
-
-@dataclass
-class Job:
-    """A turn on a replica."""
-
-    talk: Talk
-    turn: m.Turn
-    attempt: int
-    tokens: Tokens
-    plan: m.RestorePlan
-    began: float
-    has_started: bool = False
-    num_answered: int = 0
-
-    @property
-    def is_wanted(self) -> bool:
-        """Its client still listens to this attempt."""
-        return self.talk.turn is self.turn and self.talk.attempt == self.attempt
-
-
-@dataclass
-class ReplicaSim:
-    spec: m.ReplicaReady
-    jobs: dict[str, Job] = field(default_factory=dict)
-    buffer: dict[str, m.ChunkInfo] = field(default_factory=dict)
-    life: int = 0
-    is_alive: bool = True
-
-
-@dataclass
-class Talk:
-    """A conversation and its client. `turn` is the one it waits for, if any; `attempt` grows when it asks again."""
-
-    name: int
-    tokens: Tokens
-    cuts: list[int]
-    turn: m.Turn | None = None
-    attempt: int = 0
-    num_turns: int = 0
-    num_done: int = 0
-
-
-@dataclass
-class Task:
-    """A command on its way to its actor."""
-
-    command: m.Command
-    life: int
-    attempt: int
-    sent: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    config: m.SchedulerConfig
-    num_nodes: int = 2
-    num_replicas: int = 2
-    dram_bytes: int = 300
-    ssd_bytes: int = 600
-    object_bytes: int = 0  # 0: no such tier
-    max_running_turns: int = 2
-    max_running_tokens: int = 64
-    is_reliable: bool = False
+from tests.policies.parts import Choices, Job, ReplicaSim, Setup, StoreSim, Talk, Task
+from tests.policies.texts import C, Tokens, chunk_of, tokens_of, turn_of
 
 
 class World:
@@ -198,7 +84,6 @@ class World:
             case m.Dispatch():
                 talk = self._talk_of(command.turn_id)
                 assert talk is not None, "a turn nobody waits for was dispatched"
-                assert talk.turn is not None
                 self._check_plan(talk, command)
                 attempt, life = talk.attempt, self._replica(command.replica_id).life
             case m.Cancel() | m.Decline():
@@ -238,12 +123,12 @@ class World:
                 return self._begin_job(command, task)
             case m.Cancel():
                 replica = self._replica(command.replica_id)
-                if replica.life != task.life or not replica.is_alive:
+                if self.has_died(task):
                     return []
-                job = replica.jobs.pop(command.turn_id, None)
-                if job is not None and job.is_wanted:
-                    self.ask_again(job.talk)  # the client sees an end it did not want
-                return [m.TurnFinished(turn_id=command.turn_id, replica_id=command.replica_id)]
+                job = replica.jobs.get(command.turn_id)
+                if job is not None and job.dispatch.attempt == command.attempt:
+                    del replica.jobs[command.turn_id]
+                return [_finished(command)]
             case m.Decline():
                 replica = self._replica(command.replica_id)
                 for key in command.chunks if replica.life == task.life else ():
@@ -267,9 +152,9 @@ class World:
                     lost = m.ChunkLost(
                         node_id=command.source_node, chunk=command.chunk, tier=command.source, cause=m.Cause.LOST
                     )
-                    return [lost, self._refuse(command, "missing")]
+                    return [lost, self.refuse(command, "missing")]
                 if not store.put(m.Tier.DRAM, info):
-                    return [self._refuse(command, "full")]
+                    return [self.refuse(command, "full")]
                 return [m.ChunkFetched(node_id=node_id, chunk=command.chunk)]
             case m.Demote():
                 for tier in (m.Tier.DRAM, m.Tier.SSD):
@@ -277,13 +162,11 @@ class World:
                     if info is not None and tier is not command.tier:
                         break
                 if info is None:
-                    return [self._refuse(command, "missing")]
+                    return [self.refuse(command, "missing")]
                 if not store.put(command.tier, info):
-                    return [self._refuse(command, "full")]
+                    return [self.refuse(command, "full")]
                 return [
-                    m.ChunkDemoted(
-                        node_id=node_id, chunk=command.chunk, tier=command.tier, num_bytes=info.num_bytes
-                    )
+                    m.ChunkDemoted(node_id=node_id, chunk=command.chunk, tier=command.tier, num_bytes=info.num_bytes)
                 ]
             case m.Drop():
                 store.content[command.tier].pop(command.chunk, None)
@@ -304,14 +187,20 @@ class World:
             else:
                 reason = "full"
             failed = m.Save(node_id=command.node_id, replica_id=command.replica_id, chunks=(info,))
-            events.append(self._refuse(failed, reason))
+            events.append(self.refuse(failed, reason))
         if saved:
             events.insert(0, m.ChunksSaved(node_id=store.node_id, chunks=tuple(saved)))
         return events
 
-    def _refuse(self, command: m.Command, reason: str) -> m.CommandFailed:
+    def refuse(self, command: m.Command, reason: str) -> m.CommandFailed:
         self.refusals[f"{type(command).__name__}: {reason}"] += 1
         return m.CommandFailed(command=command, reason=reason)
+
+    def has_died(self, task: Task) -> bool:
+        """Whether the replica of this Dispatch or Cancel is not the one it was sent to any more."""
+        assert isinstance(task.command, m.Dispatch | m.Cancel)
+        replica = self._replica(task.command.replica_id)
+        return replica.life != task.life or not replica.is_alive
 
     # --- turns on replicas --------------------------------------------------------------------------------------------
 
@@ -319,11 +208,14 @@ class World:
         talk, replica = self._talk_of(command.turn_id), self._replica(command.replica_id)
         if talk is None or talk.turn is None or talk.attempt != task.attempt:
             return []  # cancelled or asked again: the scheduler sent a Cancel, and that is answered
-        if replica.life != task.life or not replica.is_alive:
+        if self.has_died(task):
             self.ask_again(talk)
             return []
-        assert command.turn_id not in replica.jobs, "two attempts of one turn on one replica"
-        replica.jobs[command.turn_id] = Job(talk, talk.turn, talk.attempt, talk.tokens, command.plan, task.sent)
+        if command.turn_id in replica.jobs:  # an earlier attempt whose Cancel is late
+            assert not self.setup.is_reliable, "two attempts of one turn on one replica"
+            self.hear(self.refuse(command, "busy"))
+            return []
+        replica.jobs[command.turn_id] = Job(talk, talk.turn, talk.attempt, talk.tokens, command, task.sent)
         return []
 
     def progress(self, replica: ReplicaSim, turn_id: str) -> list[m.Event]:
@@ -332,38 +224,38 @@ class World:
         if not job.has_started:
             job.has_started = True
             lost = self._restore(replica, job)
-            return [*lost, m.TurnStarted(turn_id=turn_id, replica_id=replica.spec.replica_id)]
+            started = m.TurnStarted(turn_id=turn_id, replica_id=replica.spec.replica_id, attempt=job.dispatch.attempt)
+            return [*lost, started]
         if job.num_answered < 3:
             job.num_answered += 1 + self.choices.below(3)
             answer = tuple(job.talk.name * 1000 + 500 + number for number in range(job.num_answered))
             return self._offer(replica, job, job.tokens + answer)
         del replica.jobs[turn_id]
         talk = job.talk
-        finished = m.TurnFinished(turn_id=turn_id, replica_id=replica.spec.replica_id)
+        finished = _finished(job.dispatch)
         if job.is_wanted:
-            if self.choices.once_in(8):
-                self.ask_again(talk)  # preempted
-            else:
-                talk.cuts.append(len(talk.tokens))
-                talk.tokens += tuple(talk.name * 1000 + 500 + number for number in range(job.num_answered))
-                talk.cuts.append(len(talk.tokens))
-                talk.turn, talk.num_done = None, talk.num_done + 1
+            if self.choices.once_in(8):  # preempted: its client asks again once the slot is free
+                self.hear(finished)
+                self.ask_again(talk)
+                return []
+            talk.cuts.append(len(talk.tokens))
+            talk.tokens += tuple(talk.name * 1000 + 500 + number for number in range(job.num_answered))
+            talk.cuts.append(len(talk.tokens))
+            talk.turn, talk.num_done = None, talk.num_done + 1
         return [finished]
 
     def _restore(self, replica: ReplicaSim, job: Job) -> list[m.Event]:
         events: list[m.Event] = []
         store = self._store(replica.spec.node_id)
-        for step in job.plan.steps:
+        for step in job.dispatch.plan.steps:
             if not store.is_alive or step.chunk not in store.content[step.tier]:
-                if self.now - job.began < self.setup.config.lease_s:
-                    self.refusals["restore: missing"] += 1
-                events.append(
-                    m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=m.Cause.LOST)
-                )
+                if self.now - job.began < self.setup.config.lease_s and job.is_wanted:
+                    self.refusals[f"restore: missing {step.chunk} {step.tier} {job.turn.turn_id}"] += 1
+                events.append(m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=m.Cause.LOST))
         return events
 
     def _offer(self, replica: ReplicaSim, job: Job, tokens: Tokens) -> list[m.Event]:
-        start = job.plan.num_reused - job.plan.num_reused % C
+        start = job.dispatch.plan.num_reused - job.dispatch.plan.num_reused % C
         cuts = (*job.talk.cuts, len(job.tokens))
         infos = [chunk_of(tokens, at, cuts) for at in range(start, len(tokens), C)]
         infos = [info for info in infos if info.key not in replica.buffer]
@@ -427,9 +319,14 @@ class World:
         self.hear(m.TurnCancelled(turn_id))
 
     def _withdraw(self, talk: Talk) -> None:
-        """What one client says is heard in order: an earlier submission comes before what follows, or not at all."""
+        """What is on its way of this attempt is not heard any more."""
+        assert talk.turn is not None
         talk.attempt += 1
-        self.mail = [event for event in self.mail if not (isinstance(event, m.TurnSubmitted) and event.turn is talk.turn)]
+        self.recall(m.TurnSubmitted(talk.turn))
+
+    def recall(self, said: m.Event) -> None:
+        """What one actor says is heard in the order in which it says it, or, as here, not at all."""
+        self.mail = [event for event in self.mail if event != said]
 
     # --- looking up ---------------------------------------------------------------------------------------------------
 
@@ -444,3 +341,7 @@ class World:
 
     def running(self) -> list[tuple[ReplicaSim, str]]:
         return [(replica, turn_id) for replica in self.replicas if replica.is_alive for turn_id in replica.jobs]
+
+
+def _finished(command: m.Dispatch | m.Cancel) -> m.TurnFinished:
+    return m.TurnFinished(turn_id=command.turn_id, replica_id=command.replica_id, attempt=command.attempt)

@@ -1,0 +1,86 @@
+"""Where a turn runs: the replicas with room for it, what running it there would take, and the policy's choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from policies.board import Board
+from policies.catalog import Chunk
+from policies.fleet import Replica
+from policies.messages import NodeId, ReplicaId, Turn
+from policies.placement import PlacementPolicy, ReplicaOption
+from policies.places import Place
+from policies.restore import Link, find_copy
+
+
+class Placer:
+    """Finds a replica for a turn. Changes nothing."""
+
+    def __init__(self, board: Board, policy: PlacementPolicy) -> None:
+        self._board, self._policy = board, policy
+        self._catalog, self._fleet = board.catalog, board.fleet
+
+    def num_tokens(self, turn: Turn) -> int:
+        """What the turn takes of a replica's KV capacity."""
+        return turn.num_prompt_tokens + math.ceil(self._board.config.answer_reserve * turn.max_new_tokens)
+
+    def find(self, turn: Turn, links: Sequence[Link], node_id: NodeId | None) -> Replica | None:
+        """A replica with room for the turn, whose `links` are in reach; one on `node_id`, if there is one."""
+        num_tokens = self.num_tokens(turn)
+        replicas = [
+            replica
+            for replica in self._fleet.replicas.values()
+            if turn.turn_id not in replica.stale and self._fleet.has_room(replica, num_tokens)
+        ]
+        if node_id is not None:
+            replicas = [replica for replica in replicas if replica.spec.node_id == node_id] or replicas
+        if not replicas:
+            return None
+        estimates = {node: self._estimate(turn, links, node) for node in {r.spec.node_id for r in replicas}}
+        options = [_option(replica, turn, *estimates[replica.spec.node_id]) for replica in replicas]
+        return self._fleet.replicas[self._ask(turn, options)]
+
+    def _estimate(self, turn: Turn, links: Sequence[Link], node_id: NodeId) -> tuple[int, float]:
+        """(tokens of the turn that can be reused on this node, seconds to load them)."""
+        num_reused, load_s = 0, 0.0
+        places = self._fleet.places_of(node_id)
+        for link in links:
+            num_reused = link.end
+            load_s += self._load_s(link.chunk, places)
+        return min(num_reused, turn.num_prompt_tokens - 1), load_s
+
+    def _load_s(self, chunk: Chunk, places: Sequence[Place]) -> float:
+        copy = find_copy(chunk, places)
+        if copy is not None:
+            return copy.num_bytes / self._catalog.accounts[copy.place].bytes_per_s
+        if any(place in places for place in chunk.copies):
+            return 0.0  # just being written there
+        return chunk.num_bytes / self._board.config.network_bytes_per_s
+
+    def _ask(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:
+        known = {option.replica_id for option in options}
+        return self._board.guard.consult(
+            self._policy,
+            "choose",
+            ask=lambda: self._policy.choose(turn, options),
+            problem=lambda chosen: None if chosen in known else f"chose {chosen!r}, which was not offered",
+            default=lambda: min(options, key=lambda option: (option.num_running_turns, option.replica_id)).replica_id,
+        )
+
+
+def _option(replica: Replica, turn: Turn, num_reused: int, load_s: float) -> ReplicaOption:
+    spec = replica.spec
+    return ReplicaOption(
+        replica_id=spec.replica_id,
+        node_id=spec.node_id,
+        num_running_turns=replica.num_turns,
+        max_running_turns=spec.max_running_turns,
+        num_running_tokens=replica.num_tokens,
+        max_running_tokens=spec.max_running_tokens,
+        num_queued_tokens=replica.num_queued_tokens,
+        prefill_tokens_per_s=spec.prefill_tokens_per_s,
+        num_reused_tokens=num_reused,
+        num_uncached_tokens=turn.num_prompt_tokens - num_reused,
+        load_s=load_s,
+    )
