@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from policies.candidates import Candidates
 from policies.catalog import Catalog, Chunk, Copy, CopyState
 from policies.fleet import Fleet
-from policies.messages import ChunkKey, Command, NodeId, SchedulerConfig, SessionId
+from policies.messages import ChunkKey, Command, NodeId, RestorePlan, SchedulerConfig, SessionId
 from policies.ordered import SortedKeys
 from policies.outlook import Outlook
 from policies.places import Place
@@ -56,6 +56,13 @@ class Board:
     def note_stale(self, what: str) -> None:
         """A late, repeated or out-of-order event that changes nothing."""
         self.counters[f"stale.{what}"] += 1
+
+    def note_plan(self, plan: RestorePlan) -> None:
+        """Count the prompt's tokens by where they come from, or why they are computed."""
+        for step in plan.steps:
+            self.counters[f"reused.{step.tier}"] += step.num_tokens
+        for cause, num_tokens in plan.recomputed:
+            self.counters[f"recomputed.{cause}"] += num_tokens
 
     def outlook(self) -> Outlook:
         """The figures policies may see, as of this event."""

@@ -287,6 +287,7 @@ class Dispatcher:
         self._num_attempts += 1
         record.attempt = self._num_attempts
         replica.take(turn.turn_id, self._placer.num_tokens(turn), turn.num_prompt_tokens - restore.plan.num_reused)
+        self._board.note_plan(restore.plan)
         self._board.send(
             Dispatch(turn_id=turn.turn_id, replica_id=spec.replica_id, plan=restore.plan, attempt=record.attempt)
         )

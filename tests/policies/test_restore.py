@@ -208,6 +208,14 @@ def test_reuse_off(one: Driver) -> None:
     assert plan_for(one, A, reuse=False).recomputed == ((Cause.REUSE_OFF, 10),)
 
 
+def test_tokens_are_counted_by_tier_and_cause(one: Driver) -> None:
+    one.store(A)
+    plan_for(one, text(2, 15, after=A), cuts=[10])
+    plan_for(one, A, "a/2", reuse=False)
+    counters = {name: count for name, count in one.figures["counters"].items() if name.startswith("re")}
+    assert counters == {"reused.dram": 10, "recomputed.never_stored": 5, "recomputed.reuse_off": 10}
+
+
 def test_forgotten_ghosts_are_never_stored() -> None:
     driver = Driver(SchedulerConfig(ghosts=1))
     driver.join()
