@@ -155,6 +155,7 @@ class NodeStore:
         if shard is None:
             raise ChunkMissing(f"{info.key[:12]}: the replica that offered it is gone")
         if info.key in self._dram:
+            await shard.drop_chunks.remote((info.key,))
             return
         self._dram.reserve(info.num_bytes)
         try:

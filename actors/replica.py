@@ -11,7 +11,8 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import ray
@@ -44,11 +45,32 @@ class ReplicaPlan:
     heartbeat_s: float
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
+    """One attempt of a turn on this replica. Its `name` tells it from other attempts of the same turn in the engine."""
+
     request: TurnRequest
-    plan: m.RestorePlan
+    dispatch: m.Dispatch
     outputs: asyncio.Queue[TurnOutput]
+
+    @property
+    def name(self) -> str:
+        return attempt_name(self.dispatch.turn_id, self.dispatch.attempt)
+
+    @property
+    def named_request(self) -> TurnRequest:
+        """Under the attempt's name, with a seed that is the same for every attempt."""
+        params = self.request.sampling
+        if params.seed is None:
+            params = replace(params, seed=int.from_bytes(sha256(self.request.turn_id.encode()).digest()[:6]))
+        return replace(self.request, turn_id=self.name, sampling=params)
+
+    def finished(self, replica_id: m.ReplicaId) -> m.TurnFinished:
+        return m.TurnFinished(turn_id=self.dispatch.turn_id, replica_id=replica_id, attempt=self.dispatch.attempt)
+
+
+def attempt_name(turn_id: m.TurnId, attempt: int) -> str:
+    return f"{turn_id}@{attempt}"
 
 
 class Replica:
@@ -67,8 +89,8 @@ class Replica:
         self._store = store
         self._shard = create_shard(plan)
         self._tokenizer = load_tokenizer(plan.shard.engine.model)
-        self._running: dict[m.TurnId, _Running] = {}
-        self._sessions: OrderedDict[m.TurnId, m.SessionId] = OrderedDict()  # of recent turns: their chunks come later
+        self._running: dict[str, _Running] = {}  # by the attempt's name
+        self._sessions: OrderedDict[str, m.SessionId] = OrderedDict()  # of recent attempts, for their chunks
         self._background: list[asyncio.Task[None]] = []
         self._started = asyncio.get_running_loop().create_task(self._start())
 
@@ -100,15 +122,16 @@ class Replica:
 
     # --- one turn -----------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: TurnRequest, plan: m.RestorePlan) -> AsyncIterator[Piece]:
-        """Streams the turn's pieces; the last one is a TurnEnd. Leaving the stream early aborts the turn."""
-        running = _Running(request, plan, asyncio.Queue())
-        self._running[request.turn_id] = running
-        self._remember(request)
+    async def generate(self, request: TurnRequest, dispatch: m.Dispatch) -> AsyncIterator[Piece]:
+        """Streams one attempt's pieces; the last one is a TurnEnd. Leaving the stream early aborts the attempt."""
+        running = _Running(request, dispatch, asyncio.Queue())
+        name = running.name
+        self._running[name] = running
+        self._remember(name, request.session_id)
         done = False
         try:
-            refs = await self._references(plan)
-            await self._shard.add.remote(request, plan.steps, refs)
+            refs = await self._references(dispatch.plan)
+            await self._shard.add.remote(running.named_request, dispatch.plan.steps, refs)
             text = self._text_stream(request)
             while not done:
                 output = await running.outputs.get()
@@ -121,17 +144,16 @@ class Replica:
                     yield Delta(output.tokens, "".join(text.push(token.token_id) for token in output.tokens))
         except RayTaskError as error:  # the shard refused the turn
             done = True
-            await self._tell(m.TurnFinished(turn_id=request.turn_id, replica_id=self.replica_id))
+            await self._tell(running.finished(self.replica_id))
             yield TurnEnd(finish_reason=FinishReason.FAILED, error=_last_line(error))
         finally:
-            if self._running.get(request.turn_id) is running:
-                del self._running[request.turn_id]
+            del self._running[name]
             if not done:
-                self._shard.abort.remote(request.turn_id)
-                self._scheduler.report.remote([m.TurnFinished(turn_id=request.turn_id, replica_id=self.replica_id)])
+                self._shard.abort.remote(name)
+                self._scheduler.report.remote([running.finished(self.replica_id)])
 
-    def _remember(self, request: TurnRequest) -> None:
-        self._sessions[request.turn_id] = request.session_id
+    def _remember(self, name: str, session_id: m.SessionId) -> None:
+        self._sessions[name] = session_id
         while len(self._sessions) > REMEMBERED_TURNS:
             self._sessions.popitem(last=False)
 
@@ -153,16 +175,17 @@ class Replica:
     async def _turn_started(self, running: _Running, started: StartInfo) -> TurnAccount:
         lost = [
             m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=cause)
-            for step, cause in failed_steps(running.plan, started)
+            for step, cause in failed_steps(running.dispatch.plan, started)
         ]
-        await self._tell(*lost, m.TurnStarted(turn_id=running.request.turn_id, replica_id=self.replica_id))
-        return settle(running.plan, started)
+        turn_id, attempt = running.dispatch.turn_id, running.dispatch.attempt
+        await self._tell(*lost, m.TurnStarted(turn_id=turn_id, replica_id=self.replica_id, attempt=attempt))
+        return settle(running.dispatch.plan, started)
 
     async def _turn_ended(self, running: _Running, output: TurnOutput, text: TextStream) -> TurnEnd:
         """The scheduler hears of it first: the client's next turn must find the slot free."""
         assert output.finish_reason is not None
         pieces = "".join(text.push(token.token_id) for token in output.tokens)
-        await self._tell(m.TurnFinished(turn_id=running.request.turn_id, replica_id=self.replica_id))
+        await self._tell(running.finished(self.replica_id))
         return TurnEnd(
             finish_reason=output.finish_reason,
             tokens=output.tokens,
@@ -206,12 +229,14 @@ class Replica:
 
     # --- the scheduler's commands -------------------------------------------------------------------------------------
 
-    async def cancel(self, turn_id: m.TurnId) -> None:
-        """Its stream ends with ABORTED; a turn that is not here (any more) is reported as over."""
-        if turn_id in self._running:
-            await self._shard.abort.remote(turn_id)
+    async def cancel(self, command: m.Cancel) -> None:
+        """The attempt's stream ends with ABORTED; one that is not here (any more) is reported as over."""
+        name = attempt_name(command.turn_id, command.attempt)
+        if name in self._running:
+            await self._shard.abort.remote(name)
         else:
-            await self._tell(m.TurnFinished(turn_id=turn_id, replica_id=self.replica_id))
+            finished = m.TurnFinished(turn_id=command.turn_id, replica_id=self.replica_id, attempt=command.attempt)
+            await self._tell(finished)
 
     async def drop_chunks(self, chunk_keys: tuple[m.ChunkKey, ...]) -> None:
         await self._shard.drop_chunks.remote(chunk_keys)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from policies.scheduler import Scheduler
 from ray.exceptions import RayActorError, RayError
 
 from policies import messages as m
+from policies.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class SchedulerActor:
             case m.Dispatch():
                 self._dispatch(command)
             case m.Cancel():
-                self._spawn(self._tell_replica(command.replica_id, "cancel", command.turn_id))
+                self._spawn(self._tell_replica(command.replica_id, "cancel", command))
             case m.Decline():
                 self._spawn(self._tell_replica(command.replica_id, "drop_chunks", command.chunks))
             case m.Save():
@@ -150,10 +150,12 @@ class SchedulerActor:
     def _dispatch(self, command: m.Dispatch) -> None:
         future = self._waiting.get(command.turn_id)
         member = self._replicas.get(command.replica_id)
-        if future is None or future.done() or member is None:  # its client is gone: give the slot back
-            self._later([m.TurnFinished(turn_id=command.turn_id, replica_id=command.replica_id)])
-            return
-        future.set_result(Assignment(command, member.handle))
+        if member is None:
+            self._later([m.CommandFailed(command=command, reason="the replica is gone")])
+        elif future is None or future.done():  # its client is gone: give the slot back
+            self._later([m.TurnCancelled(command.turn_id)])
+        else:
+            future.set_result(Assignment(command, member.handle))
 
     def _later(self, events: list[m.Event]) -> None:
         asyncio.get_running_loop().call_soon(self._hear, events)
@@ -173,7 +175,7 @@ class SchedulerActor:
             events: list[m.Event] = await member.handle.run.remote(command, [helper])
         except RayError as error:
             events = [m.CommandFailed(command=command, reason=str(error).splitlines()[0])]
-            if isinstance(error, RayActorError):
+            if isinstance(error, RayActorError) and self._stores.get(command.node_id) is member:
                 self._lose_node(command.node_id)
         self._hear(events)
 
@@ -184,7 +186,8 @@ class SchedulerActor:
         try:
             await getattr(member.handle, verb).remote(argument)
         except RayActorError:
-            self._lose_replica(replica_id)
+            if self._replicas.get(replica_id) is member:
+                self._lose_replica(replica_id)
 
     def _lose_node(self, node_id: m.NodeId) -> None:
         if self._stores.pop(node_id, None) is not None:

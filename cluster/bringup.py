@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.loading import ModelError
@@ -129,8 +129,14 @@ def _bring_up(config: Config, actors: list[Any]) -> Running:
     replicas = _create_replicas(config, nodes, scheduler, stores)
     actors += replicas.values()
     try:
-        ray.get([store.ready.remote() for store in stores.values()])
-        infos: list[ModelInfo] = ray.get([replica.ready.remote() for replica in replicas.values()])
+        limit_s = config.cluster.start_limit_s
+        ray.get([store.ready.remote() for store in stores.values()], timeout=limit_s)
+        infos: list[ModelInfo] = ray.get([replica.ready.remote() for replica in replicas.values()], timeout=limit_s)
+    except GetTimeoutError:
+        raise BringUpError(
+            f"the replicas were not ready after {config.cluster.start_limit_s:g} s: other jobs may hold the CPUs or GPUs "
+            f"they need (see `ray status`); lower cluster.cpus_per_replica, or raise cluster.start_limit_s for big models"
+        ) from None
     except RayTaskError as error:
         raise _in_words(error) from None
     except RayError as error:

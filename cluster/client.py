@@ -90,7 +90,7 @@ class Client:
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
             stream = assignment.replica.generate.options(num_returns="streaming")
-            async for ref in stream.remote(request, assignment.dispatch.plan):
+            async for ref in stream.remote(request, assignment.dispatch):
                 progress.receive(await ref)
         except RayError as error:
             await self._recover(progress, replica_id, error)

@@ -89,6 +89,8 @@ class ClusterSection:
     num_replicas: Positive = 1
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    start_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long the replicas may take to load their model."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
     """How often node stores and replicas report; silent for ten times as long counts as lost."""
 

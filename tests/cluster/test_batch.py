@@ -58,7 +58,7 @@ def config_for(model: Path, *, replicas: int = 1, **store: Any) -> Config:
                 "num_threads": 1,
             },
             "store": {"dram_bytes": 64 << 20, **store},
-            "cluster": {"num_replicas": replicas, "heartbeat_s": 0.3},
+            "cluster": {"num_replicas": replicas, "cpus_per_replica": 0.5, "start_limit_s": 60, "heartbeat_s": 0.3},
         }
     )
 
