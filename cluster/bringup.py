@@ -134,8 +134,8 @@ def _bring_up(config: Config, actors: list[Any]) -> Running:
         infos: list[ModelInfo] = ray.get([replica.ready.remote() for replica in replicas.values()], timeout=limit_s)
     except GetTimeoutError:
         raise BringUpError(
-            f"the replicas were not ready after {config.cluster.start_limit_s:g} s: other jobs may hold the CPUs or GPUs "
-            f"they need (see `ray status`); lower cluster.cpus_per_replica, or raise cluster.start_limit_s for big models"
+            f"the replicas were not ready after {config.cluster.start_limit_s:g} s: other jobs may hold the CPUs or "
+            f"GPUs they need (see `ray status`); lower cluster.cpus_per_replica, or raise cluster.start_limit_s"
         ) from None
     except RayTaskError as error:
         raise _in_words(error) from None
