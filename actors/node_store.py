@@ -72,10 +72,11 @@ class NodeStore:
     """Plain class, made where an event loop runs; becomes an async actor, pinned to its node, in cluster/bringup.py.
     Ray may start it anew at any time: it reads its folder's inventory and joins by itself."""
 
-    def __init__(self, node_id: m.NodeId, plan: StorePlan, scheduler: Any, heartbeat_s: float) -> None:
+    def __init__(self, node_id: m.NodeId, plan: StorePlan, scheduler: str, heartbeat_s: float) -> None:
+        """`scheduler` is the actor's name: handles among its arguments would keep Ray from starting it anew."""
         keys.self_test()
         self.node_id = node_id
-        self._scheduler = scheduler
+        self._scheduler = ray.get_actor(scheduler)
         self._tiers: dict[m.Tier, ChunkTier] = {}
         self._dram = RayTier(plan.dram_bytes)
         self._tiers[m.Tier.DRAM] = self._dram

@@ -78,15 +78,16 @@ class Replica:
     at any time: it loads its model and joins by itself."""
 
     def __init__(
-        self, replica_id: m.ReplicaId, plan: ReplicaPlan, scheduler: Any, store: Any, node_id: m.NodeId
+        self, replica_id: m.ReplicaId, plan: ReplicaPlan, scheduler: str, store: str, node_id: m.NodeId
     ) -> None:
+        """`scheduler` and `store` are actors' names: handles in its arguments would keep Ray from starting it anew."""
         from actors.engine.loading import load_tokenizer  # whoever holds a handle imports this file: no torch above
 
         self.replica_id = replica_id
         self._node_id = node_id
         self._plan = plan
-        self._scheduler = scheduler
-        self._store = store
+        self._scheduler = ray.get_actor(scheduler)
+        self._store = ray.get_actor(store)
         self._shard = create_shard(plan)
         self._tokenizer = load_tokenizer(plan.shard.engine.model)
         self._running: dict[str, _Running] = {}  # by the attempt's name

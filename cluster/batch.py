@@ -27,7 +27,7 @@ from cluster.client import Answer, Client, TurnFailed
 from cluster.config import Config
 from cluster.conversations import Conversation, Exchange, InputError, Problem, exchanges, read_conversations
 from cluster.report import PassResult, build_report, quantile
-from cluster.results import ResultWriter, Row
+from cluster.results import ResultWriter, Row, check_folder
 
 HISTORIES = ("own", "recorded")
 
@@ -80,6 +80,7 @@ def run_batch(config: Config, options: BatchOptions, listener: Listener) -> dict
     Raises InputError, OutputError, ConfigError, ModelError or BringUpError, each in words for people.
     """
     work = read_input(options, listener)  # bad input is told before anything starts,
+    check_folder(Path(options.out), options.resume)
     load_tokenizer(config.model.path)  # and so is a model that is not there
     with running(config) as cluster:
         return _run(cluster, options, listener, work)

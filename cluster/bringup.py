@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from actors.scheduler import SchedulerActor
 from actors.shard import ModelInfo, ShardPlan
 from cluster.client import Client
 from cluster.config import Config, ConfigError
+from policies.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +68,43 @@ class Running:
         return list(ray.get([replica.stats.remote() for replica in self.replicas.values()], timeout=30))
 
 
+@dataclass(frozen=True)
+class Names:
+    """Names under which the actors of one bring-up find each other."""
+
+    bring_up: str
+
+    @property
+    def scheduler(self) -> str:
+        return f"reprise-{self.bring_up}-scheduler"
+
+    def store(self, node_id: str) -> str:
+        return f"reprise-{self.bring_up}-store-{node_id}"
+
+
 @contextmanager
 def running(config: Config) -> Iterator[Running]:
     """Brings everything up, yields when the replicas are ready, tears down whatever happens.
 
     Raises BringUpError, ConfigError or ModelError in words for people.
     """
+    _check(config)
     started_ray = _connect(config)
     actors: list[Any] = []
     try:
         yield _bring_up(config, actors)
     finally:
         _tear_down(actors, started_ray)
+
+
+def _check(config: Config) -> None:
+    """What can be told before anything is started."""
+    if not config.model.path:
+        raise ConfigError("no model: give --model, or model.path in the configuration (a folder or a hub id)")
+    try:
+        Scheduler(config.scheduler)
+    except ValueError as error:
+        raise ConfigError(f"scheduler: {error}") from None
 
 
 def _connect(config: Config) -> bool:
@@ -118,15 +145,16 @@ def _local_store_bytes(config: Config) -> int:
 
 def _bring_up(config: Config, actors: list[Any]) -> Running:
     nodes = [node for node in ray.nodes() if node["Alive"]]
+    names = Names(uuid.uuid4().hex[:8])
     scheduler = (
         ray.remote(SchedulerActor)
-        .options(num_cpus=0, max_restarts=-1, max_concurrency=MAX_WAITING, max_task_retries=0)
+        .options(name=names.scheduler, num_cpus=0, max_restarts=-1, max_concurrency=MAX_WAITING, max_task_retries=0)
         .remote(config.scheduler, SILENCE_BEATS * config.cluster.heartbeat_s)
     )
     actors.append(scheduler)
-    stores = {node["NodeID"]: _create_store(config, node, scheduler) for node in nodes}
+    stores = {node["NodeID"]: _create_store(config, node, names) for node in nodes}
     actors += stores.values()
-    replicas = _create_replicas(config, nodes, scheduler, stores)
+    replicas = _create_replicas(config, nodes, names)
     actors += replicas.values()
     try:
         limit_s = config.cluster.start_limit_s
@@ -146,7 +174,7 @@ def _bring_up(config: Config, actors: list[Any]) -> Running:
     return Running(config, infos[0], Client(scheduler, infos[0]), scheduler, stores, replicas)
 
 
-def _create_store(config: Config, node: dict[str, Any], scheduler: Any) -> Any:
+def _create_store(config: Config, node: dict[str, Any], names: Names) -> Any:
     section = config.store
     plan = StorePlan(
         dram_bytes=_dram_budget(config, node),
@@ -158,8 +186,14 @@ def _create_store(config: Config, node: dict[str, Any], scheduler: Any) -> Any:
     here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return (
         ray.remote(NodeStore)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
-        .remote(node["NodeID"], plan, scheduler, config.cluster.heartbeat_s)
+        .options(
+            name=names.store(node["NodeID"]),
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy=here,
+        )
+        .remote(node["NodeID"], plan, names.scheduler, config.cluster.heartbeat_s)
     )
 
 
@@ -179,9 +213,7 @@ def _place(url: str | None, node: dict[str, Any]) -> str | None:
     return url.replace("{node_ip}", node["NodeManagerAddress"]) if url else None
 
 
-def _create_replicas(
-    config: Config, nodes: list[dict[str, Any]], scheduler: Any, stores: dict[str, Any]
-) -> dict[str, Any]:
+def _create_replicas(config: Config, nodes: list[dict[str, Any]], names: Names) -> dict[str, Any]:
     """Round the nodes that have the resources; refuses at once what could never be placed."""
     places = _spread(config, nodes)
     replicas = {}
@@ -193,7 +225,7 @@ def _create_replicas(
         replicas[replica_id] = (
             ray.remote(Replica)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
-            .remote(replica_id, plan, scheduler, stores[node_id], node_id)
+            .remote(replica_id, plan, names.scheduler, names.store(node_id), node_id)
         )
     return replicas
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_LINE_S = 10.0
 
 BATCH_EXAMPLES = """examples:
   reprise batch chats.jsonl --model ./models/demo --out ./runs/first
@@ -238,11 +241,12 @@ def _progress(console: Console) -> Progress:
 
 
 class _ProgressListener:
-    """Shows a job's progress on the terminal."""
+    """Shows a job's progress: a bar on a terminal, a line now and then in a log."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress = progress
         self._console = console
+        self._label, self._num_turns, self._num_done, self._next_line = "", 0, 0, 0.0
         self._task = progress.add_task("starting", total=None)
 
     def listener(self) -> Any:
@@ -251,11 +255,16 @@ class _ProgressListener:
         return Listener(begin=self._begin, turn_done=self._turn_done, problem=self._problem)
 
     def _begin(self, label: str, num_turns: int) -> None:
+        self._label, self._num_turns, self._num_done = label, num_turns, 0
         self._progress.update(self._task, visible=False)
         self._task = self._progress.add_task(label, total=num_turns)
 
     def _turn_done(self, _: Any) -> None:
         self._progress.advance(self._task)
+        self._num_done += 1
+        if not self._console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LOG_LINE_S
+            print(f"{self._label}: {self._num_done}/{self._num_turns} turns", file=sys.stderr, flush=True)
 
     def _problem(self, problem: Any) -> None:
         self._console.print(f"{problem.where}: {problem.what}; {problem.advice}", markup=False, highlight=False)
@@ -301,3 +310,7 @@ def _run_config_show(options: argparse.Namespace) -> None:
     from cluster.config import config_to_yaml, load_config
 
     print(config_to_yaml(load_config(options.config, options.set)), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -105,6 +105,20 @@ def _line(row: Row) -> str:
     return json.dumps(row.to_dict(), ensure_ascii=False) + "\n"
 
 
+def check_folder(folder: Path, resume: bool) -> None:
+    """OutputError if a job could not write there, or would write over another's results."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write results to {folder}: {error.strerror}; choose another --out") from error
+    journal = folder / "turns.jsonl"
+    if not resume and journal.exists() and journal.stat().st_size:
+        raise OutputError(f"{journal} exists already: add --resume to go on with it, or choose another --out")
+
+
 class ResultWriter:
     """Appends rows under `folder`: turns.jsonl and parquet/part-*.parquet. Also a context manager."""
 
@@ -151,8 +165,7 @@ class ResultWriter:
     # --- beginning and resuming ---------------------------------------------------------------------------------------
 
     def _begin(self, settings: dict[str, Any]) -> list[Row]:
-        if self._journal.exists() and self._journal.stat().st_size:
-            raise OutputError(f"{self._journal} exists already: add --resume to go on with it, or choose another --out")
+        check_folder(self._folder, resume=False)
         (self._folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return []
 
