@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,23 @@ def test_a_dead_actor_costs_time_and_nothing_else(
     assert report["failed_turns"] == 0
     assert report["unaccounted_tokens"] == 0
     assert answers(tmp_path / "out") == answers(undisturbed[0])
+
+
+def test_preempted_turns_go_on_from_their_saved_chunks(
+    cluster: bringup.Running, small_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    """A pool that holds the prompts but not the answers: the scheduler is told to reserve nothing for those."""
+    sampling = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    tree = asdict(config_for(small_model, dram_bytes=64 << 20))
+    tree["model"]["kv_tokens"] = 1100
+    tree["scheduler"]["answer_reserve"] = 0.0
+    options = options_for(chats, tmp_path / "out", sampling=sampling, limit=3)
+    report = run_batch(config_from(tree), options, Listener())
+    assert (report["failed_turns"], report["unaccounted_tokens"]) == (0, 0)
+    rows = map(json.loads, (tmp_path / "out" / "turns.jsonl").read_text().splitlines())
+    assert any(row["attempts"] > 1 for row in rows), "nothing was preempted"
+    run_on(cluster, options_for(chats, tmp_path / "calm", sampling=sampling, limit=3), Listener())
+    assert answers(tmp_path / "out") == answers(tmp_path / "calm")
 
 
 def test_corrupt_files_are_misses(
