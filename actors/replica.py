@@ -193,6 +193,7 @@ class Replica:
             text=pieces if output.finish_reason == FinishReason.PREEMPTED else pieces + text.finish(),
             num_tokens_kept=text.num_tokens_kept if text.stopped else None,
             error=output.error or "",
+            may_retry=output.finish_reason == FinishReason.FAILED,
         )
 
     async def _tell(self, *events: m.Event) -> None:

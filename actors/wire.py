@@ -64,6 +64,7 @@ class TurnEnd:
     text: str = ""  # the rest of the text
     num_tokens_kept: int | None = None  # tokens wholly before a stop string, when one ended the turn
     error: str = ""
+    may_retry: bool = False  # with FAILED: the step failed (memory, a device), not the request
 
 
 Piece = Started | Delta | TurnEnd

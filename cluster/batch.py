@@ -55,6 +55,8 @@ class BatchOptions:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        if "://" in self.out:
+            raise InputError(f"results go to a folder of this machine or a mounted one, not to {self.out!r}; see --out")
         if self.history not in HISTORIES:
             raise InputError(f"history must be one of {', '.join(HISTORIES)}, not {self.history!r}")
         if self.concurrency < 1:

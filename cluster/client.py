@@ -158,6 +158,8 @@ class _Progress:
         if piece.finish_reason == FinishReason.PREEMPTED:
             return
         if piece.finish_reason == FinishReason.FAILED:
+            if piece.may_retry and self.answer.num_attempts < MAX_ATTEMPTS:
+                return
             raise TurnFailed(piece.error)
         self.answer.finish_reason = piece.finish_reason
         self.answer.num_tokens_kept = piece.num_tokens_kept

@@ -143,6 +143,7 @@ def test_ctrl_c_leaves_nothing_running(chats: Path, small_model: Path, tmp_path:
         ({"more": ("--max-new-tokens", "0")}, "max_new_tokens"),
         ({"more": ("--temperature", "-1")}, "temperature"),
         ({"more": ("--concurrency", "0")}, "concurrency"),
+        ({"more": ("--out", "s3://bucket/out")}, "s3://bucket/out"),
         ({"more": ("--set", "scheduler.eviction=nowhere:Policy")}, "eviction policy 'nowhere:Policy'"),
     ],
 )
