@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 
 from policies import messages as m
+from policies.places import SHARED
 from policies.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -113,11 +115,16 @@ class SchedulerActor:
     # --- the loop: events in, commands out ----------------------------------------------------------------------------
 
     def _hear(self, events: Iterable[m.Event]) -> None:
+        """A scheduler that contradicts itself ends here, and starts empty: that costs time, not an answer."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
-        for event in events:
-            for command in self._scheduler.handle(event, self._clock()):
-                self._do(command)
+        try:
+            for event in events:
+                for command in self._scheduler.handle(event, self._clock()):
+                    self._do(command)
+        except Exception:
+            log.exception("the scheduler broke; it starts anew")
+            os._exit(1)
 
     async def _tick(self) -> None:
         while True:
@@ -140,9 +147,8 @@ class SchedulerActor:
             case m.Save():
                 self._spawn(self._run_on_store(command, self._exporters.get(command.replica_id)))
             case m.Fetch():
-                peer = (
-                    self._stores.get(command.source_node) if command.source_node != command.node_id else None
-                )  # SHARED: none
+                is_elsewhere = command.source_node not in (command.node_id, SHARED)
+                peer = self._stores.get(command.source_node) if is_elsewhere else None
                 self._spawn(self._run_on_store(command, peer.handle if peer else None))
             case m.Demote() | m.Drop():
                 self._spawn(self._run_on_store(command, None))
