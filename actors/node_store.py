@@ -148,6 +148,7 @@ class NodeStore:
                 continue
             if not isinstance(result, (TierError, RayError, CorruptChunk)):
                 raise result
+            self._traffic.failed_commands += 1
             failed = m.Save(node_id=command.node_id, replica_id=command.replica_id, chunks=(info,))
             events.append(m.CommandFailed(command=failed, reason=_reason(result)))
         return events
@@ -244,9 +245,6 @@ class NodeStore:
         budgets = {str(name): tier.budget_bytes for name, tier in self._tiers.items()}
         traffic = {name: getattr(self._traffic, name) for name in Traffic.__slots__}
         return {"node_id": self.node_id, "used_bytes": used, "budget_bytes": budgets, **traffic}
-
-    async def ping(self) -> str:
-        return self.node_id
 
     async def _sample(self) -> None:
         while True:

@@ -12,7 +12,6 @@ import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any
 
 import ray
@@ -20,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.account import failed_steps, settle
+from actors.engine.params import seed_of
 from actors.engine.text import TextStream
 from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
 from actors.heartbeat import keep_joined
@@ -62,7 +62,7 @@ class _Running:
         """Under the attempt's name, with a seed that is the same for every attempt."""
         params = self.request.sampling
         if params.seed is None:
-            params = replace(params, seed=int.from_bytes(sha256(self.request.turn_id.encode()).digest()[:6]))
+            params = replace(params, seed=seed_of(self.request.turn_id))
         return replace(self.request, turn_id=self.name, sampling=params)
 
     def finished(self, replica_id: m.ReplicaId) -> m.TurnFinished:
@@ -203,20 +203,26 @@ class Replica:
 
     async def _deliver(self) -> None:
         """Brings the shard's outputs to the turns that wait for them. New chunks are offered first: a session's next
-        turn must find them known. If the shard is gone, so is this replica; Ray starts both anew."""
+        turn must find them known."""
+        while True:
+            harvest = await self._harvest()
+            await self._offer(harvest.chunks)
+            for output in harvest.outputs:
+                running = self._running.get(output.turn_id)
+                if running is not None:
+                    running.outputs.put_nowait(output)
+
+    async def _harvest(self) -> Harvest:
+        """If the shard is gone, so is this replica; Ray starts both anew."""
         try:
-            while True:
-                harvest: Harvest = await self._shard.harvest.remote()
-                await self._offer(harvest.chunks)
-                for output in harvest.outputs:
-                    running = self._running.get(output.turn_id)
-                    if running is not None:
-                        running.outputs.put_nowait(output)
+            harvest: Harvest = await self._shard.harvest.remote()
         except RayError:
             log.exception("the shard is gone; this replica ends")
             os._exit(1)
+        return harvest
 
     async def _offer(self, chunks: list[ReadyChunk]) -> None:
+        """Without a scheduler to offer them to, chunks are forgotten: they are computed again when they are needed."""
         by_session: dict[str, list[m.ChunkInfo]] = {}
         for chunk in chunks:
             by_session.setdefault(self._sessions.get(chunk.turn_id, chunk.turn_id), []).append(
@@ -226,8 +232,13 @@ class Replica:
             m.ChunksReady(replica_id=self.replica_id, node_id=self._node_id, session_id=session_id, chunks=tuple(infos))
             for session_id, infos in by_session.items()
         ]
-        if events:
+        if not events:
+            return
+        try:
             await self._tell(*events)
+        except RayError as error:
+            log.warning("%d chunks were not offered: %s", len(chunks), error)
+            await self._shard.drop_chunks.remote(tuple(chunk.header.key for chunk in chunks))
 
     # --- the scheduler's commands -------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ Conversations run concurrently, the turns of one in order. What a conversation's
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import random
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.engine.loading import load_tokenizer
-from actors.engine.params import SamplingParams
+from actors.engine.params import SamplingParams, seed_of
 from actors.wire import TurnRequest
 from cluster.bringup import Running, running
 from cluster.chat import ChatFormat, RenderedPrompt, TemplateError, Transcript
@@ -231,7 +230,7 @@ class _Pass:
         sampling = self._options.sampling
         if sampling.seed is None:
             name = f"{self._options.seed}/{conversation.id}/{turn}"
-            sampling = replace(sampling, seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]))
+            sampling = replace(sampling, seed=seed_of(name))
         return TurnRequest(
             turn_id=turn_id,
             session_id=conversation.id,

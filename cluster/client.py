@@ -67,10 +67,11 @@ class Client:
 
     async def run(self, request: TurnRequest, on_delta: Callable[[Delta], None] | None = None) -> Answer:
         """Runs the turn to its end. Raises TurnFailed when no attempt succeeded; cancelling it cancels the turn."""
-        limit = min(self.model.context_window, self.model.max_turn_tokens)
-        if len(request.token_ids) >= limit:
+        num_tokens, limit = len(request.token_ids), self.model.max_turn_tokens
+        if num_tokens >= limit:
             raise TurnFailed(
-                f"the prompt has {len(request.token_ids)} tokens; the model's window leaves room for {limit - 1}"
+                f"the prompt has {num_tokens} tokens but only {limit - 1} leave room for an answer (context window "
+                f"{self.model.context_window}, model.kv_tokens {self.model.kv_tokens})"
             )
         progress = _Progress(request, on_delta)
         try:
@@ -142,7 +143,8 @@ class _Progress:
 
     def assigned(self, replica_id: str) -> None:
         self.answer.replica_id = replica_id
-        self.answer.queue_wait_s += time.monotonic() - self._attempt_began
+        if self._last_token is None:  # waiting after the first token is no part of TTFT
+            self.answer.queue_wait_s += time.monotonic() - self._attempt_began
 
     def receive(self, piece: Piece) -> None:
         match piece:

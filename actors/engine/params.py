@@ -5,6 +5,7 @@ Light on purpose: clients and the actors that only pass turns on import this fil
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -82,3 +83,8 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def seed_of(turn_id: str) -> int:
+    """A seed for turns without one: as different as their ids, and the same again when a turn is tried again."""
+    return int.from_bytes(hashlib.sha256(turn_id.encode()).digest()[:8], "big")

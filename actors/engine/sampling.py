@@ -45,11 +45,6 @@ class SamplingRow:
     """Used when `params.seed` is None. Must stay the same for the whole turn: `seed_of(turn_id)`."""
 
 
-def seed_of(turn_id: str) -> int:
-    """A seed for turns without one: as different as their ids, and the same again when a turn is tried again."""
-    return int.from_bytes(hashlib.sha256(turn_id.encode()).digest()[:8], "big")
-
-
 def uniform(seed: int, counter: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments (53 random bits)."""
     digest = hashlib.sha256(f"{seed}/{counter}".encode()).digest()

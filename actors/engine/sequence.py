@@ -17,7 +17,8 @@ from typing import Any
 
 from actors.engine.batching import Demand, Phase
 from actors.engine.blocks import BlockTable
-from actors.engine.sampling import SamplingRow, seed_of
+from actors.engine.params import seed_of
+from actors.engine.sampling import SamplingRow
 from actors.engine.text import TextStream
 from actors.engine.turns import FinishReason, Request, RestoreSource
 from storage.keys import chain

@@ -14,8 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from actors.engine import sampling
-from actors.engine.params import SamplingParams
-from actors.engine.sampling import LogitsError, SamplingRow, sample, seed_of, uniform
+from actors.engine.params import SamplingParams, seed_of
+from actors.engine.sampling import LogitsError, SamplingRow, sample, uniform
 
 torch.set_num_threads(1)
 VOCAB = 97
