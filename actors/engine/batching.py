@@ -1,8 +1,9 @@
 """What the next step does: pure planning over numbers, no tensors, no clock, no state.
 
 Decodes come first (one token each, oldest turn first), then prefill chunks in the order of arrival while the step's
-budget lasts. A turn is admitted when there is room for all its known tokens, so only decoding ever asks for more
-blocks. When there are none, the latest arrival gives way.
+budget lasts, then, if no other turn wants to compute, the front of turns that load. A turn is admitted when there is
+room for all its known tokens, so only decoding ever asks for more blocks. When there are none, the latest arrival gives
+way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Phase(StrEnum):
     QUEUED = "queued"
     """Wants blocks for all its tokens."""
     LOADING = "loading"
-    """Holds blocks that a loader writes to: takes no part in a step and cannot give them back now."""
+    """Holds blocks that a loader writes to. The front of what it loads may be computed meanwhile."""
     COMPUTING = "computing"
 
 
@@ -32,16 +33,24 @@ class Demand:
     num_tokens: int
     num_computed: int
     num_blocks: int
+    """Blocks it holds, or (queued) would share with turns that hold them."""
+    stop: int | None = None
+    """A step computes at most up to this token: from there on KV is in place, or being loaded."""
 
     @property
     def num_remaining(self) -> int:
         """Tokens whose KV is not there yet; with 1 left, the turn decodes."""
         return self.num_tokens - self.num_computed
 
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that one step may compute."""
+        return (self.num_tokens if self.stop is None else self.stop) - self.num_computed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a step may use. `num_pending_blocks` are held by savers only and come back by themselves."""
+    """What a step may use. `num_pending_blocks` are held by loaders and savers only and come back by themselves."""
 
     num_free_blocks: int
     num_pending_blocks: int
@@ -55,9 +64,10 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Compute the next `num_tokens` tokens of a turn; it needs `num_new_blocks` more blocks for them."""
+    """Compute `num_tokens` tokens of a turn from `start` on; it needs `num_new_blocks` more blocks for them."""
 
     turn_id: str
+    start: int
     num_tokens: int
     num_new_blocks: int = 0
 
@@ -83,7 +93,10 @@ def plan_step(demands: Sequence[Demand], room: Room) -> StepPlan:
     decodes, starved = _plan_decodes(computing, room)
     victim = _victim(holding, room) if starved else None
     work = [w for w in decodes if w.turn_id != victim]
-    work += _plan_prefill(computing, victim, room.max_step_tokens - len(work))
+    prefill, budget = _plan_prefill(computing, victim, room.max_step_tokens - len(work))
+    work += prefill
+    if not prefill:
+        work += _plan_prefill([d for d in holding if d.phase is Phase.LOADING], victim, budget)[0]
     if starved:  # nobody joins while somebody who runs has no room
         return StepPlan(work=tuple(work), preempt=(victim,) if victim is not None else ())
     num_free = room.num_free_blocks - sum(w.num_new_blocks for w in work)
@@ -102,28 +115,26 @@ def _plan_decodes(computing: Sequence[Demand], room: Room) -> tuple[list[Work], 
             starved = True
             continue
         num_free -= missing
-        work.append(Work(demand.turn_id, 1, missing))
+        work.append(Work(demand.turn_id, demand.num_computed, 1, missing))
     return work, starved
 
 
 def _victim(holding: Sequence[Demand], room: Room) -> str | None:
-    """The latest arrival. None while blocks come back by themselves, or a loader still writes to the latest's."""
-    latest = holding[-1]
-    waiting = room.num_pending_blocks > 0 or latest.phase is Phase.LOADING
-    return None if waiting else latest.turn_id
+    """The latest arrival. None while blocks come back by themselves."""
+    return None if room.num_pending_blocks > 0 else holding[-1].turn_id
 
 
-def _plan_prefill(computing: Sequence[Demand], victim: str | None, budget: int) -> list[Work]:
+def _plan_prefill(demands: Sequence[Demand], victim: str | None, budget: int) -> tuple[list[Work], int]:
+    """Prefill chunks in the order of arrival, and what they leave of the budget."""
     work: list[Work] = []
-    for demand in computing:
+    for demand in demands:
         if demand.num_remaining == 1 or demand.turn_id == victim:
             continue
-        if budget <= 0:
-            break
-        num_tokens = min(demand.num_remaining, budget)
-        budget -= num_tokens
-        work.append(Work(demand.turn_id, num_tokens))
-    return work
+        num_tokens = min(demand.num_wanted, budget)
+        if num_tokens > 0:
+            budget -= num_tokens
+            work.append(Work(demand.turn_id, demand.num_computed, num_tokens))
+    return work, budget
 
 
 def _plan_admission(by_arrival: Sequence[Demand], num_holding: int, num_free: int, room: Room) -> tuple[str, ...]:
@@ -132,7 +143,7 @@ def _plan_admission(by_arrival: Sequence[Demand], num_holding: int, num_free: in
     for demand in by_arrival:
         if demand.phase is not Phase.QUEUED:
             continue
-        needed = room.blocks_for(demand.num_tokens)
+        needed = room.blocks_for(demand.num_tokens) - demand.num_blocks
         if num_holding >= room.max_running_turns or needed + num_holding > num_free:
             break
         num_free -= needed

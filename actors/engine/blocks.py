@@ -1,7 +1,7 @@
 """HBM: which blocks are free (BlockPool), which belong to a turn (BlockTable), and the tensors themselves (KVPool).
 
-Bookkeeping is plain Python and belongs to the engine's thread. A block may have several holders: the turn that computes
-in it and a saver that still reads it; it is free again when the last one lets go.
+Bookkeeping is plain Python and belongs to the engine's thread. A block may have several holders: the turns that compute
+with it (a shared prefix has many), a loader or saver that still works on it, and the wish to keep it for later turns.
 
 Shapes: B block_tokens, H kv heads, D head dim. A row is one token's place in the pool: block * B + offset.
 """
@@ -9,6 +9,8 @@ Shapes: B block_tokens, H kv heads, D head dim. A row is one token's place in th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,48 +18,119 @@ from torch import Tensor
 from storage.format import LayerShape
 
 
+class BlockState(StrEnum):
+    """What keeps a block."""
+
+    FREE = "free"
+    HELD = "held"
+    """A turn computes with it."""
+    KEPT = "kept"
+    """No turn, but its KV may be wanted again: may be let go at any time."""
+    PENDING = "pending"
+    """Only a helper that still reads or writes it: comes back by itself."""
+
+
 class BlockPool:
-    """Reference-counted block ids 0 .. num_blocks - 1."""
+    """Block ids 0 .. num_blocks - 1, each with its turns, its helpers (loader, saver), and whether it is kept."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end: low ids, neighbours, first
-        self._holders = [0] * num_blocks
+        self._free = dict.fromkeys(range(num_blocks - 1, -1, -1))  # taken from the end: low ids, neighbours, first
+        self._turns = [0] * num_blocks
+        self._helpers = [0] * num_blocks
+        self._kept = [False] * num_blocks
+        self._counts = dict.fromkeys(BlockState, 0)
+        self._counts[BlockState.FREE] = num_blocks
+
+    def count(self, state: BlockState) -> int:
+        return self._counts[state]
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._counts[BlockState.FREE]
 
-    def take(self, count: int) -> list[int]:
-        """`count` blocks with one holder each. Raises ValueError, and takes none, if there are not so many."""
-        if count > len(self._free):
-            raise ValueError(f"{count} blocks wanted, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
+    def state(self, block: int) -> BlockState:
+        if self._turns[block]:
+            return BlockState.HELD
+        if self._helpers[block]:
+            return BlockState.PENDING
+        return BlockState.KEPT if self._kept[block] else BlockState.FREE
+
+    def take(self, count: int, after: int | None = None) -> list[int]:
+        """`count` free blocks for one turn, the neighbours behind `after` if they are free. Raises ValueError, and
+        takes none, if there are not so many."""
+        if count > self.num_free:
+            raise ValueError(f"{count} blocks wanted, {self.num_free} free")
+        neighbours = [] if after is None else list(range(after + 1, after + 1 + count))
+        if neighbours and all(block in self._free for block in neighbours):
+            taken = neighbours
+        else:
+            taken = list(islice(reversed(self._free), count))
         for block in taken:
-            self._holders[block] = 1
+            self._change(block, self._turns, 1)
         return taken
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more holder for blocks that have one."""
+        """One more turn for blocks that are not free."""
         for block in blocks:
-            if self._holders[block] < 1:
+            if self.state(block) is BlockState.FREE:
                 raise ValueError(f"block {block} is free and cannot be held")
-            self._holders[block] += 1
+            self._change(block, self._turns, 1)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One holder less; a block without holders is free. Raises ValueError for a block that is free already."""
+        """One turn less. Raises ValueError for a block that no turn holds."""
         for block in reversed(list(blocks)):  # so that neighbours are taken again in ascending order
-            if self._holders[block] < 1:
+            if not self._turns[block]:
                 raise ValueError(f"block {block} is free already")
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
-                self._free.append(block)
+            self._change(block, self._turns, -1)
+
+    def pin(self, blocks: Iterable[int]) -> None:
+        """A helper reads or writes these blocks, which a turn holds."""
+        for block in blocks:
+            assert self._turns[block], "a helper works for a turn"
+            self._change(block, self._helpers, 1)
+
+    def unpin(self, blocks: Iterable[int]) -> None:
+        for block in reversed(list(blocks)):
+            assert self._helpers[block]
+            self._change(block, self._helpers, -1)
+
+    def keep(self, blocks: Iterable[int]) -> None:
+        """They stay when their turn lets go, until `let_go`."""
+        for block in blocks:
+            assert self._turns[block], "it is the turn that computed them that leaves them"
+            assert not self._kept[block], "kept once"
+            self._kept[block] = True
+
+    def let_go(self, blocks: Iterable[int]) -> None:
+        for block in reversed(list(blocks)):
+            before = self.state(block)
+            self._kept[block] = False
+            self._moved(block, before)
+
+    def _change(self, block: int, counts: list[int], by: int) -> None:
+        before = self.state(block)
+        counts[block] += by
+        self._moved(block, before)
+
+    def _moved(self, block: int, before: BlockState) -> None:
+        after = self.state(block)
+        if before is after:
+            return
+        self._counts[before] -= 1
+        self._counts[after] += 1
+        if before is BlockState.FREE:
+            del self._free[block]
+        elif after is BlockState.FREE:
+            self._free[block] = None
 
     def check(self) -> None:
-        """Raises AssertionError unless free list and holders agree."""
-        assert len(set(self._free)) == len(self._free), "a block is free twice"
-        assert {b for b, n in enumerate(self._holders) if n == 0} == set(self._free), "free list and holders disagree"
-        assert all(n >= 0 for n in self._holders)
+        """Raises AssertionError unless free list, holders and counts agree."""
+        states = [self.state(block) for block in range(self.num_blocks)]
+        free = {block for block, state in enumerate(states) if state is BlockState.FREE}
+        assert free == set(self._free), "free list is wrong"
+        assert {state: states.count(state) for state in BlockState} == self._counts, "counts are wrong"
+        assert min(*self._turns, *self._helpers, 0) == 0
 
 
 class BlockTable:

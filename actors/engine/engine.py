@@ -3,8 +3,9 @@
     step:  settle what loaders and savers finished -> plan -> one forward -> sample -> settle the tokens
 
 Ragged continuous batching: the tokens of a step, prefill chunks and decodes of all turns, are one flattened forward
-over paged KV. `add`, `abort`, `wait_for_work`, `ready_chunks`, `take_chunk` and `drop_chunk` may be called from any
-thread; everything else belongs to the one thread that calls `step`.
+over paged KV. Turns whose restore is under way are `actors.engine.restoring`'s. `add`, `abort`, `wait_for_work`,
+`ready_chunks`, `take_chunk` and `drop_chunk` may be called from any thread; everything else belongs to the one thread
+that calls `step`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import torch
 from torch import Tensor
 
 from actors.engine.attention import SdpaAttention
-from actors.engine.batching import Room, StepPlan, plan_step
-from actors.engine.blocks import BlockPool, BlockTable, KVPool
+from actors.engine.batching import Demand, Room, StepPlan, plan_step
+from actors.engine.blocks import BlockPool, BlockState, BlockTable, KVPool
 from actors.engine.capture import Capture
+from actors.engine.kept import BlockEviction, KeptChunks, Match, OldestFirst
+from actors.engine.load import LoadRates
 from actors.engine.loading import LoadedModel
 from actors.engine.mailbox import Mailbox
 from actors.engine.meter import Meter
 from actors.engine.params import SampledToken
-from actors.engine.restore import Loader, RestoreJob
+from actors.engine.restore import Loader
+from actors.engine.restoring import Part, Restoring
 from actors.engine.runner import Batch, BatchPart, ModelRunner, build_batch
 from actors.engine.sampling import LogitsError, sample
 from actors.engine.save import ReadyChunks, Saver, WriteBuffer
@@ -62,11 +66,18 @@ _IDLE_WAIT_S = 0.05  # a step with nothing to compute waits this long for a load
 class Engine:
     """One model on one device. See the module's docstring for who may call what."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
-        """Loads the model (ModelError) unless one is given; several engines may share one."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel | None = None,
+        eviction: BlockEviction | None = None,
+    ) -> None:
+        """Loads the model (ModelError) unless one is given; several engines may share one.
+
+        `eviction`: the order in which kept chunks leave the pool; any `policies.eviction.EvictionPolicy` will do.
+        """
         self.config = config
+        self._use_threads()
         self.loaded = loaded or LoadedModel.load(config.model, dtype=config.dtype, device=config.device)
         self._limits = Limits(
             context_window=self.loaded.context_window,
@@ -77,12 +88,12 @@ class Engine:
         )
         self.meter = Meter()
         self._mailbox = Mailbox()
-        self._build(self.loaded)
+        self._build(self.loaded, eviction or OldestFirst())
         self._sequences: dict[str, Sequence] = {}
         self._outputs: dict[str, TurnOutput] = {}
         self._num_arrivals = 0
 
-    def _build(self, loaded: LoadedModel) -> None:
+    def _build(self, loaded: LoadedModel, eviction: BlockEviction) -> None:
         config, where = self.config, (loaded.torch_dtype, loaded.device)
         self._blocks = BlockPool(config.num_blocks)
         self._pool = KVPool(loaded.layers, config.num_blocks, config.block_tokens, *where)
@@ -90,17 +101,31 @@ class Engine:
         self._ready = ReadyChunks(config.max_ready_chunks)
         saver = Saver(self._pool, self._buffer, self._ready, loaded.layers, loaded.dtype, self._mailbox.wake)
         self._saver = saver
-        self._capture = Capture(self._blocks, self._buffer, saver, self._ready)
+        self._kept: KeptChunks | None = None
+        if config.keep_finished:
+            self._kept = KeptChunks(self._blocks, self._buffer, eviction, loaded.kv_bytes_per_token)
+        self._capture = Capture(self._blocks, self._buffer, saver, self._ready, self._kept)
+        self._rates = LoadRates()
         self._loader = Loader(
             self._pool,
             self._buffer,
             loaded.rotations,
             loaded.layers,
             loaded.torch_dtype,
-            config.num_loaders,
+            self._rates,
             self._mailbox.wake,
+            num_threads=config.num_loaders,
+            read_ahead=config.read_ahead_chunks,
+        )
+        self._restoring = Restoring(
+            config, self._blocks, self._buffer, self._capture, self._loader, self._rates, self.meter
         )
         self._runner = ModelRunner(loaded.model, loaded.rotations, self._pool, self._buffer, SdpaAttention())
+
+    def _use_threads(self) -> None:
+        """torch counts threads per thread: whoever builds or steps the engine says how many."""
+        if self.config.num_threads is not None and torch.get_num_threads() != self.config.num_threads:
+            torch.set_num_threads(self.config.num_threads)
 
     # --- from any thread ----------------------------------------------------------------------------------------------
 
@@ -124,7 +149,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do, or will have as soon as a loader or saver is done."""
-        return bool(self._mailbox.num_waiting or self._sequences or self._capture.num_saving)
+        return bool(
+            self._mailbox.num_waiting or self._sequences or self._capture.num_saving or self._restoring.num_unsettled
+        )
 
     def wait_for_work(self, timeout_s: float) -> bool:
         """Waits until there is work, at most `timeout_s`; whether there is."""
@@ -135,17 +162,20 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TurnOutput]:
         """One iteration; what it brought, at most one output per turn. Waits a moment if only helpers are at work."""
+        self._use_threads()
         num_changes = self._mailbox.num_changes
         self._take_requests()
         self._settle_loads()
         self._capture.settle()
         self._settle_aborts()
-        plan = plan_step([sequence.demand() for sequence in self._sequences.values()], self._room())
+        matches = self._match_queued()
+        plan = plan_step([self._demand(sequence, matches) for sequence in self._sequences.values()], self._room())
         self._follow(plan)
-        if plan.work:
-            self._compute(plan)
+        work = self._planned_work(plan)
+        if work:
+            self._compute(work)
         elif not self._outputs and not plan.admit and self.has_work:
-            self._mailbox.wait_for_change(num_changes, _IDLE_WAIT_S)
+            self._mailbox.wait_for_change(num_changes, self._restoring.patience_s(_IDLE_WAIT_S))
         outputs, self._outputs = list(self._outputs.values()), {}
         return outputs
 
@@ -156,23 +186,49 @@ class Engine:
             self._sequences[request.turn_id] = Sequence(request, self._num_arrivals, table, self.config.chunk_tokens)
 
     def _settle_loads(self) -> None:
-        for turn_id, restored in self._loader.settled():
-            sequence = self._sequences[turn_id]
-            sequence.adopt(restored.num_tokens, restored.marks)
-            self._capture.forget_other_slots(sequence)
-            restore_s = restored.finished_at - sequence.admitted_at
-            self._start(sequence, restored.num_tokens, restored.failed, restore_s)
+        """Turns whose load is over, or was waited for long enough, go on."""
+        self._restoring.settle()
+        for sequence in self._restoring.overdue():
+            if self._restoring.give_up(sequence):
+                self._requeue(sequence)
+        for sequence in self._restoring.finished():
+            self._adopt(sequence)
+
+    def _adopt(self, sequence: Sequence) -> None:
+        info = self._restoring.adopt(sequence)
+        sequence.move_to(SequenceState.WAITING)
+        self._start(sequence, info)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Its loader may still write into its blocks, nobody knows for how long: it gets others."""
+        self._capture.close(sequence, is_sound=True)
+        self._blocks.release(sequence.table.blocks)
+        sequence.begin_again(BlockTable(self.config.block_tokens))
 
     def _settle_aborts(self) -> None:
         for turn_id in self._mailbox.aborts(self._sequences.keys()):
-            if not self._loader.cancel(turn_id):  # blocks that a loader writes to are given back when it has let go
-                self._finish(self._sequences[turn_id], FinishReason.ABORTED)
+            self._finish(self._sequences[turn_id], FinishReason.ABORTED)
+
+    def _match_queued(self) -> dict[str, Match]:
+        """What the waiting turns would find in the pool."""
+        if self._kept is None:
+            return {}
+        queued = [s for s in self._sequences.values() if s.state is SequenceState.QUEUED and s.request.save]
+        matches = {sequence.turn_id: self._kept.match(sequence) for sequence in queued}
+        self._kept.note_waiting((sequence.arrival, matches[sequence.turn_id]) for sequence in queued)
+        return matches
+
+    def _demand(self, sequence: Sequence, matches: dict[str, Match]) -> Demand:
+        if sequence.state is SequenceState.RESTORING:
+            return self._restoring.demand(sequence)
+        match = matches.get(sequence.turn_id)
+        return sequence.demand(match.num_held_blocks if match is not None else None)
 
     def _room(self) -> Room:
-        num_held = sum(len(sequence.table.blocks) for sequence in self._sequences.values())
+        count = self._blocks.count
         return Room(
-            num_free_blocks=self._blocks.num_free,
-            num_pending_blocks=self.config.num_blocks - self._blocks.num_free - num_held,
+            num_free_blocks=count(BlockState.FREE) + count(BlockState.KEPT),
+            num_pending_blocks=count(BlockState.PENDING),
             block_tokens=self.config.block_tokens,
             max_step_tokens=self.config.max_step_tokens,
             max_running_turns=self.config.max_running_turns,
@@ -183,83 +239,116 @@ class Engine:
         for turn_id in plan.preempt:
             self._finish(self._sequences[turn_id], FinishReason.PREEMPTED)
         for work in plan.work:
-            sequence = self._sequences[work.turn_id]
-            sequence.table.append(self._blocks.take(work.num_new_blocks))
-            self._capture.reserve(sequence, sequence.num_computed, sequence.num_computed + work.num_tokens)
+            self._give_blocks(self._sequences[work.turn_id], work.num_new_blocks)
         for turn_id in plan.admit:
             self._admit(self._sequences[turn_id])
 
-    def _admit(self, sequence: Sequence) -> None:
-        """Blocks for all its tokens; what can be restored starts loading."""
-        sequence.table.append(self._blocks.take(-(-sequence.num_tokens // self.config.block_tokens)))
-        sequence.admitted_at = time.monotonic()
-        pieces = sequence.pieces()
-        if not pieces:
-            self._start(sequence, 0)
-            return
-        sequence.move_to(SequenceState.RESTORING)
-        end = pieces[-1].end
-        self._loader.submit(
-            RestoreJob(
-                turn_id=sequence.turn_id,
-                root=sequence.request.root,
-                pieces=pieces,
-                rows=sequence.table.rows(0, end),
-                tail_slot=self._capture.reserve_tail(sequence, end),
-            )
-        )
+    def _give_blocks(self, sequence: Sequence, count: int) -> None:
+        if count > self._blocks.num_free and self._kept is not None:
+            self._kept.make_room(count)
+        table = sequence.table
+        table.append(self._blocks.take(count, after=table.blocks[-1] if table.blocks else None))
 
-    def _start(
-        self, sequence: Sequence, num_reused: int, failed: tuple[FailedRestore, ...] = (), restore_s: float = 0.0
-    ) -> None:
+    def _admit(self, sequence: Sequence) -> None:
+        """Blocks for all its tokens, shared ones first; what else can be restored starts loading."""
+        sequence.admitted_at = time.monotonic()
+        if self._kept is not None and sequence.request.save:
+            self._share(sequence, self._kept.match(sequence))
+        num_blocks = -(-sequence.num_tokens // self.config.block_tokens)
+        self._give_blocks(sequence, num_blocks - len(sequence.table.blocks))
+        if self._restoring.begin(sequence):
+            sequence.move_to(SequenceState.RESTORING)
+        else:
+            sequence.move_to(SequenceState.WAITING)
+            self._start(sequence, self._restoring.nothing_loaded(sequence))
+
+    def _share(self, sequence: Sequence, match: Match) -> None:
+        """The beginning of its prompt is in the pool."""
+        assert self._kept is not None
+        self._capture.use(sequence, match.chunks)
+        for chunk in match.chunks:
+            sequence.table.append(chunk.blocks)
+        if match.tail is not None and match.tail.end >= sequence.restorable_end(match.tail.start):
+            sequence.slots[match.tail.start // sequence.chunk_tokens] = self._kept.take_tail(match.tail)
+            sequence.table.append(match.tail.blocks)
+            sequence.found(match.tail.end, match.tail.marks)
+        elif match.chunks:
+            sequence.found(match.chunks[-1].end, ())
+
+    def _start(self, sequence: Sequence, info: StartInfo) -> None:
         """Everything that could be restored is in place."""
-        sequence.move_to(SequenceState.WAITING)
         sequence.open_text(self.loaded.tokenizer)
-        queued_s = sequence.admitted_at - sequence.added_at
-        info = StartInfo(num_reused=num_reused, failed=failed, restore_s=restore_s, queued_s=queued_s)
         self._tell(TurnOutput(turn_id=sequence.turn_id, started=info))
 
-    def _compute(self, plan: StepPlan) -> None:
+    def _planned_work(self, plan: StepPlan) -> list[Part]:
+        """The plan's work, as far as loaders leave it to us; slots for what will be saved."""
+        parts = []
+        for work in plan.work:
+            sequence = self._sequences[work.turn_id]
+            if sequence.state is SequenceState.RESTORING:
+                part = self._restoring.part(sequence, work)
+                if part is None:
+                    continue
+            else:
+                part = Part(sequence, work.start, work.num_tokens)
+            if not part.is_front:
+                self._capture.reserve(sequence, part.start, part.end)
+            parts.append(part)
+        return parts
+
+    def _compute(self, parts: list[Part]) -> None:
         """The forward of a plan, and one token for every turn whose known tokens it completes."""
         began = time.monotonic()
-        work = [(self._sequences[w.turn_id], w.num_tokens) for w in plan.work]
+        error: Exception | None = None
         try:
-            logits = self._runner.forward(self._batch(work))
-        except Exception as error:
-            log.exception("a forward of %d tokens for %d turns failed", plan.num_tokens, len(work))
-            for sequence, _ in work:  # foreign code, or out of memory: the turns of this step fail, the engine lives on
-                self._finish(sequence, FinishReason.FAILED, f"{type(error).__name__}: {error}")
+            logits = self._runner.forward(self._batch(parts))
+        except Exception as failure:  # foreign code, or out of memory: the turns of this step fail, the engine lives on
+            log.exception("a forward of %d tokens for %d turns failed", sum(p.num_tokens for p in parts), len(parts))
+            error = failure
+        self._restoring.end_step(parts)
+        if error is not None:
+            for part in parts:
+                self._finish(part.sequence, FinishReason.FAILED, f"{type(error).__name__}: {error}")
             return
-        complete = []
-        for sequence, num_tokens in work:
-            if sequence.state is SequenceState.WAITING:
-                sequence.move_to(SequenceState.RUNNING)
-            sequence.num_computed += num_tokens
-            if sequence.num_computed == sequence.num_tokens:
-                complete.append(sequence)
-        self._sample(complete, logits)
-        for sequence, _ in work:
-            if (
-                sequence.state is SequenceState.RUNNING
-            ):  # not for turns that failed: their KV may be as bad as their logits
-                self._capture.hand_over_full(sequence)
-        num_decodes = sum(num_tokens == 1 for _, num_tokens in work)
-        self.meter.record(plan.num_tokens - num_decodes, num_decodes, time.monotonic() - began)
+        rows = [part for part in parts if part.is_last]
+        complete = [(part.sequence, row) for row, part in enumerate(rows) if self._is_good(part)]
+        for part in parts:
+            if self._is_good(part):
+                self._advance(part)
+        self._sample([sequence for sequence, _ in complete], logits[[row for _, row in complete]])
+        for part in parts:
+            if part.sequence.state is SequenceState.RUNNING:  # not for turns that failed: their KV may be bad
+                self._capture.settle_chunks(part.sequence)
+        num_decodes = sum(part.num_tokens == 1 for part in parts)
+        num_tokens = sum(part.num_tokens for part in parts)
+        self.meter.record(num_tokens - num_decodes, num_decodes, time.monotonic() - began)
 
-    def _batch(self, work: list[tuple[Sequence, int]]) -> Batch:
-        parts = []
-        for sequence, num_tokens in work:
-            start, end = sequence.num_computed, sequence.num_computed + num_tokens
-            parts.append(
-                BatchPart(
-                    token_ids=sequence.token_ids[start:end],
-                    start=start,
-                    table=sequence.table,
-                    save_rows=self._capture.rows(sequence, start, end) if sequence.slots else None,
-                    wants_logits=end == sequence.num_tokens,
-                )
+    @staticmethod
+    def _is_good(part: Part) -> bool:
+        """Not for a turn that joined ahead of its load when the load did not come: its part of the step is void."""
+        return part.gate is None or part.gate.is_open
+
+    def _advance(self, part: Part) -> None:
+        sequence = part.sequence
+        if part.gate is not None:
+            self._adopt(sequence)
+        if sequence.state is SequenceState.WAITING:
+            sequence.move_to(SequenceState.RUNNING)
+        sequence.advance(part.end)
+
+    def _batch(self, parts: list[Part]) -> Batch:
+        batch_parts = [
+            BatchPart(
+                token_ids=part.sequence.token_ids[part.start : part.end],
+                start=part.start,
+                table=part.sequence.table,
+                save_rows=self._capture.rows(part.sequence, part.start, part.end) if part.sequence.slots else None,
+                wants_logits=part.is_last,
             )
-        return build_batch(parts, self._buffer.unsaved_row, self.loaded.device)
+            for part in parts
+        ]
+        gates = tuple(part.gate for part in parts if part.gate is not None)
+        return build_batch(batch_parts, self._buffer.unsaved_row, self.loaded.device, gates)
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
         """The next token of every turn, from its row of logits; turns whose row is unusable fail alone."""
@@ -287,7 +376,9 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """The turn leaves: its last chunk goes to the saver, its blocks and slots are given back."""
-        self._capture.close(sequence, keep=reason is not FinishReason.FAILED)
+        if sequence.state is SequenceState.RESTORING:
+            self._restoring.abandon(sequence)
+        self._capture.close(sequence, is_sound=reason is not FinishReason.FAILED)
         self._blocks.release(sequence.table.blocks)
         sequence.move_to(SequenceState.FINISHED)
         del self._sequences[sequence.turn_id]
@@ -320,6 +411,9 @@ class Engine:
             "turns_running": states.count(SequenceState.WAITING) + states.count(SequenceState.RUNNING),
             "blocks": self._blocks.num_blocks,
             "blocks_free": self._blocks.num_free,
+            "blocks_kept": self._blocks.count(BlockState.KEPT),
+            "chunks_kept": len(self._kept) if self._kept is not None else 0,
+            "chunks_kept_evicted": self._kept.num_evicted if self._kept is not None else 0,
             "slots": self._buffer.num_slots,
             "slots_free": self._buffer.num_free,
             "saves_running": self._capture.num_saving,
@@ -327,15 +421,25 @@ class Engine:
             "ready_chunks": self._ready.num_chunks,
             "ready_bytes": self._ready.num_bytes,
             "ready_dropped": self._ready.num_dropped,
+            **{f"load_bytes_per_s_{place}": rate for place, rate in self._rates.bytes_per_s().items()},
         }
 
+    def forget_kept(self) -> None:
+        """Empties the tier: blocks that no running turn uses are free. For the thread that steps."""
+        if self._kept is not None:
+            self._kept.clear()
+
     def check(self) -> None:
-        """AssertionError unless blocks and slots add up: every one free, or held by a turn or a save job."""
+        """AssertionError unless blocks and slots add up: every one free, or held by a turn, a helper, or kept."""
         self._blocks.check()
-        num_open = sum(len(sequence.slots) for sequence in self._sequences.values())
-        assert self._buffer.num_free + num_open + self._capture.num_saving == self._buffer.num_slots, "a slot is lost"
+        self._buffer.check()
+        if self._kept is not None:
+            self._kept.check()
         if not self.has_work:
-            assert self._blocks.num_free == self._blocks.num_blocks, "a block is lost"
+            count = self._blocks.count
+            assert count(BlockState.FREE) + count(BlockState.KEPT) == self._blocks.num_blocks, "a block is lost"
+            num_tails = self._kept.num_tails if self._kept is not None else 0
+            assert self._buffer.num_free + num_tails == self._buffer.num_slots, "a slot is lost"
 
     def close(self) -> None:
         """Stops the helper threads. Running turns are dropped without a word; ready chunks can still be taken."""

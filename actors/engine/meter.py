@@ -16,6 +16,11 @@ class Meter:
         self.decode_tokens_per_s = 0.0
         self.step_s = 0.0
 
+    @property
+    def prefill_s_per_token(self) -> float | None:
+        """None before the first prefill."""
+        return 1.0 / self.prefill_tokens_per_s if self.prefill_tokens_per_s else None
+
     def record(self, num_prefill_tokens: int, num_decode_tokens: int, duration_s: float) -> None:
         self.num_steps += 1
         self.num_prefill_tokens += num_prefill_tokens

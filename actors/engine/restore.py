@@ -1,8 +1,11 @@
 """From chunks to blocks: loader threads open, verify, rotate and write what a turn can restore.
 
-Layer by layer across all chunks of the turn, so that a layer is complete before the next begins: `layers_ready` counts
-them. A chunk that cannot be opened, fails a checksum or holds other tokens than the turn's ends the reuse at its start;
-the rest is recomputed and the reason reported. Nothing that was not verified is ever counted as restored.
+    LAYERS   all chunks at once, layer by layer: `Load.layers_ready` counts them, and a step may follow on their heels
+    TAIL     the last chunk first, each in all layers: what lies before `Load.frontier` may be computed meanwhile
+
+A chunk that cannot be opened, fails a checksum or holds other tokens than the turn's ends a LAYERS load at its start
+and leaves a hole in a TAIL load; what is missing is computed and the reason reported. Nothing that was not verified is
+ever counted as restored. How far a load is stands in `actors.engine.load`; when a turn goes on is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -13,8 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from threading import Event
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +24,11 @@ import torch
 from torch import Tensor
 
 from actors.engine.blocks import KVPool
+from actors.engine.load import Load, LoadRates, RestoreJob, restored
+from actors.engine.overlap import LoadOrder
 from actors.engine.rope import Rotation
 from actors.engine.save import WriteBuffer
 from actors.engine.sequence import Piece
-from actors.engine.turns import FailedRestore
 from storage.format import ChunkHeader, ChunkReader, CorruptChunk, LayerShape
 
 log = logging.getLogger(__name__)
@@ -34,34 +37,8 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Restored:
-    """What a loader managed: the tokens [0, num_tokens) are in the pool, in all layers."""
-
-    num_tokens: int
-    failed: tuple[FailedRestore, ...]
-    marks: tuple[tuple[int, str], ...]
-    """All marks of the chunks used, of which some may lie beyond num_tokens."""
-    finished_at: float
-
-
-@dataclass(kw_only=True)
-class RestoreJob:
-    """One turn's restore. `tail_slot`: where the raw keys of its part-filled last chunk go, to be extended later."""
-
-    turn_id: str
-    root: str
-    pieces: tuple[Piece, ...]
-    rows: Tensor
-    """Pool rows (CPU) of the tokens [0, end of the last piece)."""
-    tail_slot: int | None
-    cancelled: Event = field(default_factory=Event)
-    layers_ready: int = 0
-    """Layers that are complete for all chunks that were good so far."""
-
-
 class Loader:
-    """A few threads that run restores, each restore on one of them."""
+    """A few threads that run restores, each restore on one of them, each operation on one core."""
 
     def __init__(
         self,
@@ -70,114 +47,196 @@ class Loader:
         rotations: Sequence[Rotation | None],
         layers: tuple[LayerShape, ...],
         dtype: torch.dtype,
-        num_threads: int,
+        rates: LoadRates,
         wake: Callable[[], None],
+        *,
+        num_threads: int,
+        read_ahead: int,
     ) -> None:
         self._pool, self._buffer, self._rotations = pool, buffer, rotations
-        self._layers, self._dtype, self._wake = layers, dtype, wake
-        self._executor = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="loader")
-        self._running: dict[str, tuple[RestoreJob, Future[Restored]]] = {}
+        self._layers, self._dtype = layers, dtype
+        self._rates, self._wake, self._read_ahead = rates, wake, read_ahead
+        self._executor = ThreadPoolExecutor(
+            max_workers=num_threads, thread_name_prefix="loader", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._running: list[tuple[Load, Future[None]]] = []
 
-    def submit(self, job: RestoreJob) -> None:
-        """Starts a restore; `settled` tells when it is over. Until then its rows and slot are the loader's."""
-        future = self._executor.submit(self._restore, job)
-        self._running[job.turn_id] = (job, future)
+    def submit(self, job: RestoreJob) -> Load:
+        """Starts a restore. Its blocks and its slot are held until `settled` names it."""
+        load = Load(job, len(self._layers), self._wake)
+        future = self._executor.submit(self._restore, load)
+        self._running.append((load, future))
         future.add_done_callback(lambda _: self._wake())
+        return load
 
-    def cancel(self, turn_id: str) -> bool:
-        """Asks a running restore to end soon, with nothing restored; False if there is none."""
-        running = self._running.get(turn_id)
-        if running is not None:
-            running[0].cancelled.set()
-        return running is not None
-
-    def settled(self) -> list[tuple[str, Restored]]:
-        """Restores that are over since the last call, by turn."""
-        done = [(job, future) for job, future in self._running.values() if future.done()]
-        for job, _ in done:
-            del self._running[job.turn_id]
-        return [(job.turn_id, _restored_or_nothing(job, future)) for job, future in done]
+    def settled(self) -> list[Load]:
+        """Loads whose thread has let go of everything since the last call, the abandoned ones too."""
+        done = [load for load, future in self._running if future.done()]
+        self._running = [(load, future) for load, future in self._running if not future.done()]
+        return done
 
     def close(self) -> None:
-        for turn_id in self._running:
-            self.cancel(turn_id)
+        for load, _ in self._running:
+            load.abandon()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _restore(self, job: RestoreJob) -> Restored:
-        failures: dict[int, Exception] = {}
-        with ExitStack() as stack, torch.inference_mode():
-            readers = self._open_all(job, stack, failures)
-            num_good = len(readers)
-            rows = job.rows.to(self._pool.device)
-            for layer in range(len(self._layers)):
-                num_good = self._load_layer(job, layer, readers[:num_good], rows, failures)
-                job.layers_ready = layer + 1
-            marks = tuple(mark for reader in readers[:num_good] for mark in reader.header.marks)
-        return Restored(
-            num_tokens=job.pieces[num_good - 1].end if num_good else 0,
-            failed=_report(job, failures),
-            marks=marks,
-            finished_at=time.monotonic(),
-        )
+    def _restore(self, load: Load) -> None:
+        job = load.job
+        try:
+            with torch.inference_mode():
+                if job.order is LoadOrder.LAYERS:
+                    self._load_layers(load)
+                else:
+                    self._load_tail(load)
+        except Exception as error:  # a fault of this file: nothing counts as loaded
+            log.exception("turn %s: its restore failed", job.turn_id)
+            load.finish(restored(job, (), dict.fromkeys(range(len(job.pieces)), error)))
+        for piece in job.pieces:
+            if piece.source.forget is not None:
+                piece.source.forget()
 
-    def _open_all(self, job: RestoreJob, stack: ExitStack, failures: dict[int, Exception]) -> list[ChunkReader]:
+    # --- layer by layer -----------------------------------------------------------------------------------------------
+
+    def _load_layers(self, load: Load) -> None:
+        job, failures = load.job, dict[int, Exception]()
+        for piece in job.pieces:
+            _prefetch(piece)
+        with ExitStack() as stack:
+            began = time.monotonic()
+            readers = self._open_leading(load, stack, failures)
+            num_good = len(readers)
+            if num_good and load.claim(job.start) is not None:
+                rows = job.rows.to(self._pool.device)
+                for layer in range(len(self._layers)):
+                    num_good = self._load_layer(load, layer, readers[:num_good], rows, failures)
+                    if not num_good or load.is_abandoned:
+                        break
+                    if layer + 1 < len(self._layers):
+                        load.layer_done()
+            if num_good == len(job.pieces) and not load.is_abandoned:
+                self._rates.measured_together(job.pieces, time.monotonic() - began)
+            marks = tuple(mark for reader in readers[:num_good] for mark in reader.header.marks)
+            spans = ((job.start, job.pieces[num_good - 1].end),) if num_good else ()
+            load.finish(restored(job, spans, failures, marks))
+
+    def _open_leading(self, load: Load, stack: ExitStack, failures: dict[int, Exception]) -> list[ChunkReader]:
         """Readers of the leading pieces that are what they should be; why the next one is not goes to `failures`."""
         readers: list[ChunkReader] = []
-        for i, piece in enumerate(job.pieces):
-            if job.cancelled.is_set():
-                break
-            try:
-                reader = piece.source.open()
-                stack.callback(reader.close)
-                _check_header(reader.header, piece, job.root, self._layers, self._dtype)
-            except Exception as error:
-                log.warning("turn %s: cannot use chunk %s", job.turn_id, piece.source.key, exc_info=True)
-                failures[i] = error  # a source may be anything: a file, an actor, a bucket
+        for i in range(len(load.job.pieces)):
+            reader = None if load.is_abandoned else self._open(load.job, i, stack, failures)
+            if reader is None:
                 break
             readers.append(reader)
         return readers
 
     def _load_layer(
         self,
-        job: RestoreJob,
+        load: Load,
         layer: int,
         readers: Sequence[ChunkReader],
         rows: Tensor,
         failures: dict[int, Exception],
     ) -> int:
         """Writes one layer of every chunk; how many were good. Why the next one was not goes to `failures`."""
-        for i, (piece, reader) in enumerate(zip(job.pieces, readers)):
-            if job.cancelled.is_set():
+        for i, reader in enumerate(readers):
+            if load.is_abandoned:
                 return 0
-            try:
-                self._write(job, layer, piece, rows[piece.start : piece.end], *reader.layer(layer))
-            except Exception as error:
-                log.warning("turn %s: cannot read chunk %s", job.turn_id, piece.source.key, exc_info=True)
-                failures[i] = error  # as above: reading a layer goes to the source
+            if not self._write(load.job, i, layer, reader, rows, load.job.pieces[i].start, failures):
                 return i
         return len(readers)
+
+    # --- from the tail ------------------------------------------------------------------------------------------------
+
+    def _load_tail(self, load: Load) -> None:
+        job, failures = load.job, dict[int, Exception]()
+        marks: tuple[tuple[int, str], ...] = ()
+        order = range(len(job.pieces) - 1, -1, -1)
+        num_asked = 0
+        for done, i in enumerate(order):
+            while num_asked <= min(done + self._read_ahead, len(order) - 1):
+                _prefetch(job.pieces[order[num_asked]])
+                num_asked += 1
+            if load.is_abandoned or load.is_met:
+                break
+            marks += self._load_piece(load, i, failures)
+            if i in failures:
+                load.skip_piece(job.pieces[i].start)
+        load.finish(restored(job, load.spans(), failures, marks))
+
+    def _load_piece(self, load: Load, i: int, failures: dict[int, Exception]) -> tuple[tuple[int, str], ...]:
+        """One chunk, or what of it nobody has computed in the meantime. Its marks; none if it did not come."""
+        job = load.job
+        began = time.monotonic()
+        with ExitStack() as stack:
+            reader = self._open(job, i, stack, failures)
+            start = load.claim(job.pieces[i].start) if reader is not None else None
+            if reader is None or start is None:
+                return ()
+            rows = job.rows.to(self._pool.device)
+            for layer in range(len(self._layers)):
+                if load.is_abandoned or not self._write(job, i, layer, reader, rows, start, failures):
+                    return ()
+            self._rates.measured(job.pieces[i], time.monotonic() - began)
+            load.piece_done()
+            return reader.header.marks
+
+    # --- one chunk ----------------------------------------------------------------------------------------------------
+
+    def _open(self, job: RestoreJob, i: int, stack: ExitStack, failures: dict[int, Exception]) -> ChunkReader | None:
+        """A reader over what the piece should be. None, with the reason in `failures`, if it is not."""
+        piece = job.pieces[i]
+        try:
+            reader = piece.source.open()
+            stack.callback(reader.close)
+            _check_header(reader.header, piece, job.root, self._layers, self._dtype)
+        except Exception as error:
+            log.warning("turn %s: cannot use chunk %s", job.turn_id, piece.source.key, exc_info=True)
+            failures[i] = error  # a source may be anything: a file, an actor, a bucket
+            return None
+        return reader
 
     def _write(
         self,
         job: RestoreJob,
+        i: int,
         layer: int,
-        piece: Piece,
+        reader: ChunkReader,
         rows: Tensor,
-        keys: npt.NDArray[np.generic],
-        values: npt.NDArray[np.generic],
-    ) -> None:
-        """One layer of one chunk: keys and values [H, n, D] as stored, of which this turn wants the first tokens."""
+        start: int,
+        failures: dict[int, Exception],
+    ) -> bool:
+        """The tokens from `start` on, of one layer of one chunk. False, with the reason in `failures`, if it is bad."""
+        piece = job.pieces[i]
+        try:
+            keys, values = reader.layer(layer)
+        except Exception as error:
+            log.warning("turn %s: cannot read chunk %s", job.turn_id, piece.source.key, exc_info=True)
+            failures[i] = error  # as above: reading a layer goes to the source
+            return False
+        skipped = start - piece.start
         raw_keys, plain_values = (
-            _to_tensor(array, self._dtype)[:, : len(piece.token_ids)].to(self._pool.device).transpose(0, 1)
+            self._to_tensor(array)[:, skipped : len(piece.token_ids)].to(self._pool.device).transpose(0, 1)
             for array in (keys, values)
         )
         rotation = self._rotations[layer]
         turned = raw_keys
         if rotation is not None:
-            turned = rotation.rotate(raw_keys, rotation.table.upto(piece.end)[piece.start : piece.end])
-        self._pool.write(layer, rows, turned, plain_values)
-        if job.tail_slot is not None and piece is job.pieces[-1]:
-            self._buffer.put(layer, job.tail_slot, raw_keys)
+            turned = rotation.rotate(raw_keys, rotation.table.upto(piece.end)[start : piece.end])
+        self._pool.write(layer, rows[start : piece.end], turned, plain_values)
+        if job.tail_slot is not None and i == len(job.pieces) - 1:
+            self._buffer.put(layer, job.tail_slot, raw_keys, skipped)
+        return True
+
+    def _to_tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        """A view of [H, n, D] as the pool's type; 16-bit floats arrive as bit patterns."""
+        if self._dtype == torch.float32:
+            return torch.from_numpy(array.view(np.float32))
+        return torch.from_numpy(array.view(np.int16)).view(self._dtype)
+
+
+def _prefetch(piece: Piece) -> None:
+    if piece.source.prefetch is not None:
+        piece.source.prefetch()
 
 
 def _check_header(
@@ -190,40 +249,3 @@ def _check_header(
     tokens = header.token_ids[: len(piece.token_ids)]
     if (header.start, header.parent, tokens) != (piece.start, piece.parent, piece.token_ids):
         raise CorruptChunk(f"chunk {header.key} holds other tokens than this turn's, or follows another prefix")
-
-
-def _report(job: RestoreJob, failures: dict[int, Exception]) -> tuple[FailedRestore, ...]:
-    """Each failed chunk answers for the tokens up to the next failed one: together, all that was not restored."""
-    order = sorted(failures)
-    ends = [job.pieces[i].start for i in order[1:]] + [job.pieces[-1].end]
-    return tuple(
-        FailedRestore(
-            key=job.pieces[i].source.key,
-            reason="corrupt" if isinstance(failures[i], CorruptChunk) else "lost",
-            num_tokens=end - job.pieces[i].start,
-            detail=f"{type(failures[i]).__name__}: {failures[i]}",
-        )
-        for i, end in zip(order, ends)
-    )
-
-
-def _restored_or_nothing(job: RestoreJob, future: Future[Restored]) -> Restored:
-    """The result of a finished restore. If the loader itself failed, nothing is, and every chunk is to blame."""
-    error = future.exception()
-    if error is None:
-        return future.result()
-    log.error("turn %s: its restore failed", job.turn_id, exc_info=error)
-    failed = tuple(
-        FailedRestore(
-            key=p.source.key, reason="lost", num_tokens=len(p.token_ids), detail=f"{type(error).__name__}: {error}"
-        )
-        for p in job.pieces
-    )
-    return Restored(num_tokens=0, failed=failed, marks=(), finished_at=time.monotonic())
-
-
-def _to_tensor(array: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
-    """A view of [H, n, D] as the pool's type; 16-bit floats arrive as bit patterns."""
-    if dtype == torch.float32:
-        return torch.from_numpy(array.view(np.float32))
-    return torch.from_numpy(array.view(np.int16)).view(dtype)

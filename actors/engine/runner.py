@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from actors.engine.blocks import BlockTable, KVPool
 from actors.engine.hooks import AttentionArgs, KeyValueTap, installed
 from actors.engine.rope import Rotation
 from actors.engine.save import WriteBuffer
+
+
+class Gate(Protocol):
+    """Keeps a forward from reading a layer's KV too early."""
+
+    def wait(self, layer: int) -> None:
+        """Returns when the KV of `layer` is in place, or will never be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,8 @@ class Batch:
     spans: tuple[Span, ...]
     logit_rows: Tensor
     """Rows of the batch whose logits are wanted."""
+    gates: tuple[Gate, ...] = ()
+    """To be passed before a layer's attention: parts of the history may still be on their way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +67,9 @@ class BatchPart:
         return self.start + len(self.token_ids)
 
 
-def build_batch(parts: Sequence[BatchPart], unsaved_row: int, device: torch.device) -> Batch:
+def build_batch(
+    parts: Sequence[BatchPart], unsaved_row: int, device: torch.device, gates: tuple[Gate, ...] = ()
+) -> Batch:
     """Flattens the parts in their order; logits come in that order too, for the parts that want them."""
     spans: list[Span] = []
     for part in parts:
@@ -77,6 +88,7 @@ def build_batch(parts: Sequence[BatchPart], unsaved_row: int, device: torch.devi
         save_rows=save_rows,
         spans=tuple(spans),
         logit_rows=torch.tensor(logit_rows, dtype=torch.long).to(device),
+        gates=gates,
     )
 
 
@@ -139,6 +151,8 @@ class _StepHooks:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> Tensor:
         del keys, values  # they are in the pool
+        for gate in self.batch.gates:
+            gate.wait(layer)
         rotation = self.rotations[layer]
         q = queries[0].transpose(0, 1)  # [T, H, D]
         if rotation is not None:

@@ -45,6 +45,7 @@ class WriteBuffer:
     ) -> None:
         self.num_slots, self.chunk_tokens = num_slots, chunk_tokens
         self._free = list(range(num_slots - 1, -1, -1))
+        self._holders = [0] * num_slots
         # One row more than the slots need: tokens that nobody saves go there, so that one scatter serves all.
         self._keys = [
             torch.zeros(num_slots * chunk_tokens + 1, shape.num_kv_heads, shape.k_dim, dtype=dtype, device=device)
@@ -60,12 +61,29 @@ class WriteBuffer:
         return self.num_slots * self.chunk_tokens
 
     def take(self) -> int | None:
-        return self._free.pop() if self._free else None
+        """A slot with one holder; None if none is free."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._holders[slot] = 1
+        return slot
+
+    def hold(self, slot: int) -> None:
+        """One more holder: a loader that fills it, a saver that reads it, a tail that is kept."""
+        assert self._holders[slot], "a free slot cannot be held"
+        self._holders[slot] += 1
 
     def release(self, slot: int) -> None:
-        if slot in self._free:
+        """One holder less; without any the slot is free. ValueError if it is so already."""
+        if not self._holders[slot]:
             raise ValueError(f"write-buffer slot {slot} is free already")
-        self._free.append(slot)
+        self._holders[slot] -= 1
+        if not self._holders[slot]:
+            self._free.append(slot)
+
+    def check(self) -> None:
+        """AssertionError unless free list and holders agree."""
+        assert {slot for slot, n in enumerate(self._holders) if n == 0} == set(self._free), "a slot is lost"
 
     def row(self, slot: int, offset: int) -> int:
         return slot * self.chunk_tokens + offset
@@ -74,9 +92,9 @@ class WriteBuffer:
         """Raw paired keys [T, H, D] to `rows` [T] (on the buffer's device)."""
         self._keys[layer].index_copy_(0, rows, keys)
 
-    def put(self, layer: int, slot: int, keys: Tensor) -> None:
-        """The slot's first tokens: raw paired keys [n, H, D]."""
-        first = self.row(slot, 0)
+    def put(self, layer: int, slot: int, keys: Tensor, offset: int = 0) -> None:
+        """The slot's tokens from `offset` on: raw paired keys [n, H, D]."""
+        first = self.row(slot, offset)
         self._keys[layer][first : first + keys.shape[0]].copy_(keys)
 
     def get(self, layer: int, slot: int, num_tokens: int) -> Tensor:
@@ -87,7 +105,7 @@ class WriteBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveJob:
-    """A chunk to encode. Its slot and blocks are held until the future is done."""
+    """A chunk to encode. It holds its slot and pins its blocks until the future is done."""
 
     turn_id: str
     root: str

@@ -1,5 +1,6 @@
 """A turn inside the engine: its tokens, how far they are computed, what it holds, and the states it goes through.
 
+      ┌──────────┐ (given up: its rows are not safe)
     QUEUED ──> RESTORING ──> WAITING ──> RUNNING ──> FINISHED
        └───────────────────────^            any state ──^
 
@@ -20,7 +21,7 @@ from actors.engine.blocks import BlockTable
 from actors.engine.params import seed_of
 from actors.engine.sampling import SamplingRow
 from actors.engine.text import TextStream
-from actors.engine.turns import FinishReason, Request, RestoreSource
+from actors.engine.turns import FailedRestore, FinishReason, Request, RestoreSource
 from storage.keys import chain
 
 
@@ -37,7 +38,7 @@ class SequenceState(StrEnum):
 
 MOVES = {
     SequenceState.QUEUED: {SequenceState.RESTORING, SequenceState.WAITING, SequenceState.FINISHED},
-    SequenceState.RESTORING: {SequenceState.WAITING, SequenceState.FINISHED},
+    SequenceState.RESTORING: {SequenceState.WAITING, SequenceState.QUEUED, SequenceState.FINISHED},
     SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
     SequenceState.RUNNING: {SequenceState.FINISHED},
     SequenceState.FINISHED: set(),
@@ -87,6 +88,11 @@ class Piece:
     def end(self) -> int:
         return self.source.start + len(self.token_ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole chunk: it is read and verified whole."""
+        return self.source.num_bytes
+
 
 class Sequence:
     """One turn. Owned by the engine's thread."""
@@ -98,17 +104,29 @@ class Sequence:
         self.chunk_tokens = chunk_tokens
         self.token_ids = list(request.token_ids)
         self.num_computed = 0
+        self.islands: list[tuple[int, int]] = []
+        """Spans ahead of `num_computed` whose KV is in place: jumped over when they are reached."""
         self.state = SequenceState.QUEUED
         self.added_at = time.monotonic()
         self.admitted_at = self.added_at
         self.text: TextStream | None = None
         """Set for turns that have stop strings."""
+        self.num_in_hbm = 0
+        """Tokens whose blocks it found in the pool."""
+        self.failed_restore: tuple[FailedRestore, ...] | None = None
+        """Set once its restore was given up: it is not tried again."""
         self.slots: dict[int, int] = {}
         """Write-buffer slot of each open chunk, by chunk index."""
         self.saving = request.save
         """False once a chunk could not be captured: what follows it could never be reached."""
+        self.keeping = request.save
+        """False once a chunk of it is kept by another turn in other blocks."""
+        self.stored: set[int] = set()
+        """Chunks (by index) that the store has whole: not captured, even where they are computed."""
         self.known_keys: set[str] = set()
         """Prefixes that the store holds, as the restored chunks' marks say: not offered again."""
+        self.num_settled_chunks = 0
+        """Full chunks that were handed to the saver and to the pool's index, or were there already."""
         self.cuts: set[int] = {*request.cuts, request.num_prompt}
         self._keys = [request.root]  # key of [0, i * chunk_tokens)
 
@@ -130,14 +148,16 @@ class Sequence:
         """Those of earlier attempts included."""
         return self.num_tokens - self.request.num_prompt
 
-    def demand(self) -> Demand:
+    def demand(self, num_shared_blocks: int | None = None) -> Demand:
+        """`num_shared_blocks`: for one that is queued, blocks it would share with running turns."""
         return Demand(
             turn_id=self.turn_id,
             arrival=self.arrival,
             phase=_PHASES[self.state],
             num_tokens=self.num_tokens,
             num_computed=self.num_computed,
-            num_blocks=len(self.table.blocks),
+            num_blocks=len(self.table.blocks) if num_shared_blocks is None else num_shared_blocks,
+            stop=self.islands[0][0] if self.islands else None,
         )
 
     @cached_property
@@ -160,11 +180,38 @@ class Sequence:
         if self.text is not None and num_generated >= self.request.sampling.min_new_tokens:
             self.text.push(token_id)
 
-    def adopt(self, num_tokens: int, marks: Iterable[tuple[int, str]]) -> None:
-        """The tokens [0, num_tokens) were restored, from chunks with these marks."""
-        self.num_computed = num_tokens
+    def advance(self, num_computed: int) -> None:
+        """The tokens up to here are in the pool; islands that this reaches are too."""
+        self.num_computed = num_computed
+        while self.islands and self.islands[0][0] <= self.num_computed:
+            self.num_computed = max(self.num_computed, self.islands.pop(0)[1])
+
+    def found(self, num_tokens: int, marks: Iterable[tuple[int, str]]) -> None:
+        """The tokens [0, num_tokens) are in the pool; the chunk they end in has these marks."""
+        self.num_computed = self.num_in_hbm = num_tokens
         self.known_keys.update(key for _, key in marks)
-        self.cuts.update(end for end, _ in marks if end <= num_tokens)
+        self.cuts.update(end for end, _ in marks)
+
+    def restorable_end(self, start: int) -> int:
+        """Up to where the chunk that begins at `start` could be restored from the store; 0 if it is not there."""
+        ends = (min(source.end, self.num_tokens - 1) for source in self.request.restore if source.start == start)
+        return next(ends, 0) if self.failed_restore is None else 0
+
+    def begin_again(self, table: BlockTable) -> None:
+        """Nothing of it is in the pool any more, and nothing will be loaded."""
+        self.table = table
+        self.num_computed = self.num_in_hbm = self.num_settled_chunks = 0
+        self.islands, self.stored = [], set()
+        self.saving = self.keeping = self.request.save
+        self.move_to(SequenceState.QUEUED)
+
+    def adopt(self, spans: Iterable[tuple[int, int]], marks: Iterable[tuple[int, str]]) -> None:
+        """These spans were restored, from chunks with these marks."""
+        self.islands = list(spans)
+        self.known_keys.update(key for _, key in marks)
+        last = self.islands[-1][1] if self.islands else 0
+        self.cuts.update(end for end, _ in marks if end <= last)
+        self.advance(self.num_computed)
 
     def sampling_row(self, eos_token_ids: tuple[int, ...]) -> SamplingRow:
         return SamplingRow(
@@ -191,7 +238,7 @@ class Sequence:
     def chunk_span(self, index: int, end: int) -> ChunkSpan:
         """Chunk `index` up to the token `end` (exclusive), with a mark at every cut inside."""
         start = index * self.chunk_tokens
-        parent = self._key_before(index)
+        parent = self.key_before(index)
         tokens = tuple(self.token_ids[start:end])
         cuts = [cut - start for cut in self.cuts if start < cut < end]
         marks = chain(parent, tokens, self.chunk_tokens, cuts)
@@ -202,18 +249,23 @@ class Sequence:
             marks=tuple((start + offset, key) for offset, key in marks),
         )
 
-    def pieces(self) -> tuple[Piece, ...]:
-        """What can be restored: all sources, except that the last token is always computed, for its logits."""
+    def pieces(self, start: int) -> tuple[Piece, ...]:
+        """What can be restored from `start` on (the beginning of a chunk, or the end of all sources): all sources,
+        except that the last token is always computed, for its logits."""
+        if self.failed_restore is not None:
+            return ()
         pieces = []
         for source in self.request.restore:
+            if source.start < start:
+                continue
             tokens = tuple(self.token_ids[source.start : min(source.end, self.num_tokens - 1)])
             if tokens:
                 index = source.start // self.chunk_tokens
-                parent = self._key_before(index) if index else None
+                parent = self.key_before(index) if index else None
                 pieces.append(Piece(source=source, token_ids=tokens, parent=parent))
         return tuple(pieces)
 
-    def _key_before(self, index: int) -> str:
+    def key_before(self, index: int) -> str:
         """Key of the prefix in front of chunk `index`."""
         for i in range(len(self._keys) - 1, index):
             tokens = self.token_ids[i * self.chunk_tokens : (i + 1) * self.chunk_tokens]

@@ -53,19 +53,39 @@ class EngineConfig:
     """Slots for raw keys, one per chunk being written. Without a free slot a chunk is not saved; nothing waits."""
     max_ready_chunks: int = 256
     """Chunks on offer at a time; further ones are dropped."""
+    keep_finished: bool = True
+    """HBM as a tier: blocks of finished turns stay, and are shared, until their space is needed."""
     num_loaders: int = 2
-    """Threads that restore chunks."""
+    """Threads that restore chunks, one restore on each."""
+    read_ahead_chunks: int = 8
+    """Chunks whose bytes one restore has asked for beyond the one it writes."""
+    load_deadline_s: float = 30.0
+    """A restore that is not over after this time is given up; what it did not bring is computed."""
     num_threads: int | None = None
     """torch's threads for one operation; None leaves them as they are."""
 
     def __post_init__(self) -> None:
-        counts = ("kv_tokens", "block_tokens", "chunk_tokens", "max_step_tokens", "max_running_turns", "num_loaders")
-        for name in counts:
+        for name in (
+            "kv_tokens",
+            "block_tokens",
+            "chunk_tokens",
+            "max_step_tokens",
+            "max_running_turns",
+            "num_loaders",
+            "read_ahead_chunks",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("write_buffer_chunks", "max_ready_chunks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; 0 switches saving off")
+        if self.load_deadline_s <= 0:
+            raise ValueError(f"load_deadline_s must be above 0, not {self.load_deadline_s}")
+        if self.keep_finished and self.chunk_tokens % self.block_tokens:
+            raise ValueError(
+                f"chunk_tokens ({self.chunk_tokens}) must be a multiple of block_tokens ({self.block_tokens}), or turns"
+                " cannot share blocks; choose other sizes or set keep_finished=False"
+            )
         if self.max_step_tokens < self.max_running_turns:
             raise ValueError(
                 f"max_step_tokens ({self.max_step_tokens}) is below max_running_turns ({self.max_running_turns}): a"
@@ -90,6 +110,16 @@ class RestoreSource:
     num_tokens: int
     open: Callable[[], ChunkReader]
     """Called on a loader thread. Whatever it raises counts as the chunk being lost, CorruptChunk as corrupt."""
+    place: str = ""
+    """Where it lies (a tier's name): loads from one place are expected to be as fast as they were."""
+    num_bytes: int = 0
+    """Of the whole chunk."""
+    buffered: bool = False
+    """Opening it brings the whole chunk into memory of this process: not many are opened at a time."""
+    prefetch: Callable[[], None] | None = None
+    """Starts bringing the bytes near and returns at once; called some time before `open`. Never raises."""
+    forget: Callable[[], None] | None = None
+    """The chunk will not be opened after all: drops what `prefetch` started."""
 
     @property
     def end(self) -> int:
@@ -113,7 +143,7 @@ class Request:
     root: str
     """`storage.keys.KeySpace.root()`: the key of the empty prefix."""
     save: bool = True
-    """Offer the chunks of this turn."""
+    """Offer the chunks of this turn, and share blocks with other turns."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -186,7 +216,7 @@ class FailedRestore:
 
     key: str
     reason: str
-    """"corrupt" (checksum, or not the tokens it should hold) or "lost" (could not be opened or read)."""
+    """"corrupt" (checksum, or not the tokens it should hold), "lost" (could not be opened or read) or "late"."""
     num_tokens: int
     detail: str = ""
 
@@ -195,12 +225,23 @@ class FailedRestore:
 class StartInfo:
     """A turn's restore is over; its sources are not read any more."""
 
-    num_reused: int
+    num_in_hbm: int = 0
+    """Leading tokens whose blocks were there."""
+    loaded: tuple[tuple[int, int], ...] = ()
+    """Spans (start, end) of tokens that were loaded, ascending. What lies between was computed meanwhile, or failed."""
     failed: tuple[FailedRestore, ...] = ()
     restore_s: float = 0.0
     """From the moment its blocks were there until the last layer was in place."""
     queued_s: float = 0.0
     """From `add` until it held blocks."""
+
+    @property
+    def num_loaded(self) -> int:
+        return sum(end - start for start, end in self.loaded)
+
+    @property
+    def num_reused(self) -> int:
+        return self.num_in_hbm + self.num_loaded
 
 
 @dataclass(frozen=True, kw_only=True)

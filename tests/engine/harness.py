@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actors.engine.engine import Engine
 from actors.engine.loading import LoadedModel
+from actors.engine.overlap import LoadOrder
 from actors.engine.params import SampledToken, SamplingParams
 from actors.engine.turns import EngineConfig, FinishReason, Request, RestoreSource, StartInfo, TurnOutput
 from storage.format import ChunkHeader, ChunkReader, read_chunk
@@ -20,8 +22,14 @@ CHUNK = 16
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
-def make_engine(loaded: LoadedModel, *, shuffle: int | None = None, **settings: int) -> Engine:
-    """A small engine; `shuffle` is the seed by which its blocks come in disorder."""
+def make_engine(
+    loaded: LoadedModel, *, shuffle: int | None = None, order: LoadOrder | None = LoadOrder.LAYERS, **settings: Any
+) -> Engine:
+    """A small engine; `shuffle` is the seed by which its blocks come in disorder, `order` that of every load (None: as
+    the engine chooses, which depends on how fast it has been).
+
+    Fresh blocks are poisoned: whoever reads KV that was not computed or loaded gets NaN, and fails.
+    """
     defaults = {
         "kv_tokens": 512,
         "block_tokens": 4,
@@ -29,11 +37,29 @@ def make_engine(loaded: LoadedModel, *, shuffle: int | None = None, **settings: 
         "max_step_tokens": 24,
         "max_running_turns": 6,
         "write_buffer_chunks": 24,
+        "keep_finished": False,
     }
     engine = Engine(EngineConfig(model="in memory", **{**defaults, **settings}), loaded)
     if shuffle is not None:
-        random.Random(shuffle).shuffle(engine._blocks._free)
+        free = list(engine._blocks._free)
+        random.Random(shuffle).shuffle(free)
+        engine._blocks._free = dict.fromkeys(free)
+    if order is not None:
+        engine._restoring._order = lambda *_: order  # type: ignore[method-assign]
+    _poison_fresh_blocks(engine)
     return engine
+
+
+def _poison_fresh_blocks(engine: Engine) -> None:
+    take = engine._blocks.take
+
+    def take_poisoned(count: int, after: int | None = None) -> list[int]:
+        blocks = take(count, after)
+        for tensor in (*engine._pool.keys, *engine._pool.values):
+            tensor[blocks] = float("nan")
+        return blocks
+
+    engine._blocks.take = take_poisoned  # type: ignore[method-assign]
 
 
 Opener = Callable[[bytes], ChunkReader]

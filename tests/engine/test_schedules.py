@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from actors.engine.overlap import LoadOrder
 from actors.engine.params import SamplingParams
 from actors.engine.turns import FinishReason, RestoreSource
 from storage.format import ChunkReader, read_chunk
@@ -53,7 +54,7 @@ def _prompt(rng: random.Random, owner: Owner) -> tuple[int, ...]:
     return (*base, *random_prompt(rng.randint(0, 5), rng.randint(0, 3)))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_schedules(seed: int) -> None:
     rng = random.Random(seed)
     name = MODELS[seed % len(MODELS)]
@@ -65,6 +66,10 @@ def test_random_schedules(seed: int) -> None:
         max_running_turns=rng.choice([2, 4, 6]),
         write_buffer_chunks=rng.choice([1, 3, 24]),
         max_ready_chunks=rng.choice([1, 64]),
+        order=rng.choice([*LoadOrder, None]),
+        keep_finished=rng.random() < 0.7,
+        load_deadline_s=rng.choice([0.005, 10.0]),
+        read_ahead_chunks=rng.choice([1, 3]),
     )
     owner = Owner(engine)
     aborted: set[str] = set()
@@ -89,6 +94,9 @@ def test_random_schedules(seed: int) -> None:
             request = owner.requests[turn_id]
             room = engine.config.kv_tokens - len(request.token_ids)
             assert len(result.tokens) == min(request.sampling.max_new_tokens, room)
+    stats = engine.stats()
+    assert stats["blocks_free"] + stats["blocks_kept"] == stats["blocks"]
+    engine.forget_kept()
     stats = engine.stats()
     assert stats["blocks_free"] == stats["blocks"]
     assert stats["slots_free"] == stats["slots"]
