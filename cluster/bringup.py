@@ -268,6 +268,9 @@ def _replica_plan(config: Config, node: dict[str, Any], sharing: int) -> Replica
         max_step_tokens=section.max_step_tokens,
         max_running_turns=section.max_running_turns,
         write_buffer_chunks=section.write_buffer_chunks,
+        keep_finished=section.keep_finished,
+        read_ahead_chunks=section.read_ahead_chunks,
+        load_deadline_s=section.load_deadline_s,
         num_threads=num_threads,
     )
     shard = ShardPlan(
@@ -275,6 +278,7 @@ def _replica_plan(config: Config, node: dict[str, Any], sharing: int) -> Replica
         salt=config.store.salt,
         ssd_url=_place(config.store.ssd_url, node),
         object_url=config.store.object_url,
+        eviction=config.scheduler.eviction,
     )
     return ReplicaPlan(
         shard=shard,

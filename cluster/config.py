@@ -56,6 +56,12 @@ class ModelSection:
     """Turns of one replica at a time."""
     write_buffer_chunks: Positive = 64
     """Chunks that may wait in a replica for the store; beyond it chunks are not saved, and computed again later."""
+    keep_finished: bool = True
+    """HBM as a tier: blocks of finished turns stay, and are shared, until their space is needed."""
+    read_ahead_chunks: Positive = 8
+    """Chunks that one restore asks a slow tier for ahead of the one it writes; bounds the memory of loading."""
+    load_deadline_s: Annotated[float, Field(gt=0)] = 10.0
+    """A restore that takes longer is given up, and what it did not bring is computed."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads of one replica; 0 shares the node's cores evenly among its replicas."""
 

@@ -43,6 +43,7 @@ class Cause(StrEnum):
     EVICTED = "evicted"
     DECLINED = "declined"  # admission, or the plan, chose not to save or load it
     LATE = "late"  # not in place before its deadline
+    COMPUTED_SOONER = "computed_sooner"  # load or compute: the engine had it before its load came
     CORRUPT = "corrupt"
     LOST = "lost"  # its node, actor, disk or bucket failed
     DRIFT = "template_drift"

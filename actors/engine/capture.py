@@ -142,7 +142,8 @@ class Capture:
         if self._kept is None or not sequence.keeping or span.key in self._kept:
             self._buffer.release(slot)
         else:
-            self._kept.add(span, self._blocks_of(sequence, span), time.monotonic(), slot)
+            parent = sequence.key_before(index)
+            self._kept.add(span, parent, self._blocks_of(sequence, span), time.monotonic(), slot)
 
     def _keep(self, sequence: Sequence, span: ChunkSpan) -> None:
         """The turn uses every chunk in front of one that it adds: a chunk that another has computed at the same time
@@ -151,7 +152,8 @@ class Capture:
         if span.key in self._kept:
             sequence.keeping = False
             return
-        chunk = self._kept.add(span, self._blocks_of(sequence, span), time.monotonic())
+        parent = sequence.key_before(span.start // sequence.chunk_tokens)
+        chunk = self._kept.add(span, parent, self._blocks_of(sequence, span), time.monotonic())
         self._used.setdefault(sequence.turn_id, []).append(chunk)
 
     def _offer(self, sequence: Sequence, span: ChunkSpan, slot: int) -> None:

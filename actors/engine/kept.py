@@ -1,8 +1,8 @@
 """HBM as a tier: chunks whose blocks stay in the pool after their turn, and while it runs, for others that begin alike.
 
     full chunks   found by their key; any number of turns share their blocks, nobody writes to them
-    tails         part-filled last chunks, found by the same key; taken, not shared: the next turn of the conversation
-                  goes on writing in the same blocks, and in the write-buffer slot that has the tail's raw keys
+    tails         part-filled last chunks, found below their parent; taken, not shared: the next turn of the
+                  conversation goes on writing in the same blocks, and in the write-buffer slot with the raw keys
 
 A chunk leaves when its blocks (or its slot) are needed: leaves of the prefix tree before their parents, in the order of
 an eviction policy. Bookkeeping only, for the engine's thread; the blocks themselves are BlockPool's.
@@ -28,7 +28,8 @@ class KeptChunk:
     """One chunk in the pool; the facts an eviction policy may ask for."""
 
     key: str
-    parent: str | None
+    parent: str
+    """Key of the prefix in front of it; the root's where there is none."""
     start: int
     end: int
     num_bytes: int
@@ -109,6 +110,7 @@ class KeptChunks:
     num_evicted: int = 0
     _by_key: dict[str, KeptChunk] = field(default_factory=dict)
     _candidates: dict[str, KeptChunk] = field(default_factory=dict)
+    _tails: dict[str, dict[str, KeptChunk]] = field(default_factory=dict)  # by their parents
     _wanted: dict[str, tuple[int, int]] = field(default_factory=dict)
     _num_children: Counter[str] = field(default_factory=Counter)  # by the parent's key, be it here or not
 
@@ -117,7 +119,7 @@ class KeptChunks:
 
     @property
     def num_tails(self) -> int:
-        return sum(chunk.is_tail for chunk in self._by_key.values())
+        return sum(len(tails) for tails in self._tails.values())
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -131,17 +133,22 @@ class KeptChunks:
             if chunk is None:
                 break
             chunks.append(chunk)
-        start = len(chunks) * size
-        span = sequence.chunk_span(len(chunks), min(start + size, sequence.num_tokens))
-        tails = (self._by_key.get(key) for end, key in reversed(span.marks) if start < end <= last)
-        return Match(tuple(chunks), next((tail for tail in tails if tail is not None and tail.is_tail), None))
+        return Match(tuple(chunks), self._match_tail(sequence, len(chunks), last))
 
-    def add(self, span: ChunkSpan, blocks: Iterable[int], now: float, slot: int | None = None) -> KeptChunk:
+    def _match_tail(self, sequence: Sequence, index: int, last: int) -> KeptChunk | None:
+        """The longest tail behind these full chunks that the prompt goes on from."""
+        tails = self._tails.get(sequence.key_before(index), {}).values()
+        fitting = sorted((tail for tail in tails if tail.end <= last), key=lambda tail: -tail.end)
+        return next((tail for tail in fitting if sequence.chunk_span(index, tail.end).key == tail.key), None)
+
+    def add(
+        self, span: ChunkSpan, parent: str, blocks: Iterable[int], now: float, slot: int | None = None
+    ) -> KeptChunk:
         """A chunk that a turn has computed or loaded, whose key is not here yet. A full chunk is used by that turn from
         now on; of a tail the caller's hold on its slot passes to the index."""
         chunk = KeptChunk(
             key=span.key,
-            parent=span.parent,
+            parent=parent,
             start=span.start,
             end=span.end,
             num_bytes=len(span.token_ids) * self.bytes_per_token,
@@ -155,6 +162,8 @@ class KeptChunks:
         assert chunk.key not in self._by_key
         self.blocks.keep(chunk.blocks)
         self._by_key[chunk.key] = chunk
+        if chunk.is_tail:
+            self._tails.setdefault(parent, {})[chunk.key] = chunk
         self._count_child(chunk, 1)
         self._relist(chunk)
         return chunk
@@ -170,7 +179,8 @@ class KeptChunks:
     def take_tail(self, tail: KeptChunk) -> int:
         """A turn goes on with this tail: its blocks and the hold on its slot, which is returned, are the turn's."""
         assert tail.slot is not None
-        slot, tail.slot = tail.slot, None
+        slot = tail.slot
+        self.buffer.hold(slot)
         self.blocks.hold(tail.blocks)
         self._forget(tail)
         return slot
@@ -239,12 +249,13 @@ class KeptChunks:
         self.blocks.let_go(chunk.blocks)
         if chunk.slot is not None:
             self.buffer.release(chunk.slot)
-            chunk.slot = None
+            tails = self._tails[chunk.parent]
+            del tails[chunk.key]
+            if not tails:
+                del self._tails[chunk.parent]
         self._count_child(chunk, -1)
 
     def _count_child(self, chunk: KeptChunk, by: int) -> None:
-        if chunk.parent is None:
-            return
         self._num_children[chunk.parent] += by
         if not self._num_children[chunk.parent]:
             del self._num_children[chunk.parent]

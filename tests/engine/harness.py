@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.engine.engine import Engine
+from actors.engine.kept import BlockEviction
 from actors.engine.loading import LoadedModel
 from actors.engine.overlap import LoadOrder
 from actors.engine.params import SampledToken, SamplingParams
@@ -23,7 +24,12 @@ GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
 def make_engine(
-    loaded: LoadedModel, *, shuffle: int | None = None, order: LoadOrder | None = LoadOrder.LAYERS, **settings: Any
+    loaded: LoadedModel,
+    *,
+    shuffle: int | None = None,
+    order: LoadOrder | None = LoadOrder.LAYERS,
+    eviction: BlockEviction | None = None,
+    **settings: Any,
 ) -> Engine:
     """A small engine; `shuffle` is the seed by which its blocks come in disorder, `order` that of every load (None: as
     the engine chooses, which depends on how fast it has been).
@@ -39,7 +45,7 @@ def make_engine(
         "write_buffer_chunks": 24,
         "keep_finished": False,
     }
-    engine = Engine(EngineConfig(model="in memory", **{**defaults, **settings}), loaded)
+    engine = Engine(EngineConfig(model="in memory", **{**defaults, **settings}), loaded, eviction)
     if shuffle is not None:
         free = list(engine._blocks._free)
         random.Random(shuffle).shuffle(free)

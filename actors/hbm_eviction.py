@@ -1,0 +1,37 @@
+"""The scheduler's eviction policy at work inside an engine: the same plug-in orders chunks in HBM.
+
+A policy that raises is recorded and does not stop a turn: the engine then takes the candidates as they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import cast
+
+from policies.eviction import ChunkFacts, EvictionPolicy
+from policies.messages import ChunkKey, NodeId, Tier
+from policies.places import Place
+from policies.plugins import Guard, load_policy, require_verbs
+
+
+class HbmEviction:
+    """`actors.engine.kept.BlockEviction` over a policy named by its import path. ValueError if there is none."""
+
+    def __init__(self, path: str, node_id: NodeId = "engine") -> None:
+        policy = load_policy("eviction", path)
+        require_verbs("eviction", policy, ("add", "remove", "victims"))
+        self._policy = cast(EvictionPolicy, policy)
+        self._place = Place(node_id, Tier.HBM)
+        self.guard = Guard()
+
+    def add(self, place: Hashable, chunk: ChunkFacts) -> None:  # noqa: ARG002 - an engine has one place
+        self.guard.tell(self._policy, "add", lambda: self._policy.add(self._place, chunk))
+
+    def remove(self, place: Hashable, key: ChunkKey) -> None:  # noqa: ARG002 - as above
+        self.guard.tell(self._policy, "remove", lambda: self._policy.remove(self._place, key))
+
+    def victims(self, place: Hashable, count: int) -> Sequence[ChunkKey]:  # noqa: ARG002 - as above
+        def ask() -> Sequence[ChunkKey]:
+            return self._policy.victims(self._place, count)
+
+        return self.guard.consult(self._policy, "victims", ask, lambda _keys: None, lambda: ())

@@ -1,0 +1,279 @@
+"""Turns and the loads they wait for: overlap by layer, from the tail, deadlines; never a token read too early.
+
+Sources are throttled, so that what happens while a load runs does not depend on the machine. Fresh blocks are poisoned.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from actors.engine.overlap import LoadOrder
+from actors.engine.params import SamplingParams
+from actors.engine.turns import FinishReason, RestoreSource
+from storage.format import ChunkReader, RangeSource, read_chunk
+from tests.engine.harness import CHUNK, GREEDY, Owner, make_engine
+from tests.engine.models import loaded, random_prompt, stock_answer
+
+PROMPT = random_prompt(150, 1)  # chunks [0, 16) … [128, 144), and a tail
+FIRST_READ = 64 * 1024
+
+
+class Throttle:
+    """Chunks that give their layers one at a time, when told to."""
+
+    def __init__(self, data: np.ndarray, before_layer: Callable[[int], None]) -> None:
+        self._data, self._before = data, before_layer
+
+    def open(self) -> ChunkReader:
+        return _LayerReader(self._data, self._before)
+
+
+class _LayerReader(ChunkReader):
+    def __init__(self, data: np.ndarray, before_layer: Callable[[int], None]) -> None:
+        super().__init__(RangeSource(read=lambda offset, length: data[offset : offset + length], num_bytes=len(data)))
+        self._before = before_layer
+
+    def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        self._before(i)
+        return super().layer(i)
+
+
+def _filled(**settings: object) -> Owner:
+    """An engine whose store holds the whole of PROMPT, with steps long enough to be joined."""
+    owner = Owner(make_engine(loaded("llama"), max_step_tokens=64, **settings))
+    owner.add("first", PROMPT, SamplingParams(max_new_tokens=1))
+    owner.run()
+    return owner
+
+
+def _throttled(owner: Owner, before_layer: Callable[[int], None], only: int | None = None) -> list[RestoreSource]:
+    sources = owner.store.plan(PROMPT)
+    for i, source in enumerate(sources):
+        if only is None or i == only:
+            throttle = Throttle(owner.store.chunks[source.key][1], before_layer)
+            sources[i] = replace(source, open=throttle.open, place="slow", num_bytes=1000)
+    return sources
+
+
+def _is_right(owner: Owner, turn_id: str, prompt: tuple[int, ...]) -> bool:
+    return owner.results[turn_id].token_ids == stock_answer("llama", prompt, len(owner.results[turn_id].tokens))
+
+
+# --- layer by layer ---------------------------------------------------------------------------------------------------
+
+
+def test_a_step_joins_a_load_before_its_last_layer_is_there() -> None:
+    owner = _filled()
+    owner.engine.meter.prefill_tokens_per_s = 20.0  # 1.5 s for the 30 new tokens: any load of less is worth joining
+    last_layer = threading.Event()
+    joined_after: list[int] = []
+    forward = owner.engine._runner.forward
+
+    def watched(batch):  # type: ignore[no-untyped-def]
+        if batch.gates:
+            joined_after.append(batch.gates[0]._load.layers_ready)
+            last_layer.set()
+        return forward(batch)
+
+    owner.engine._runner.forward = watched  # type: ignore[method-assign]
+
+    def before(layer: int) -> None:
+        if layer == 3:
+            assert last_layer.wait(20), "nobody joined: the load would have been waited for"
+
+    prompt = (*PROMPT, *random_prompt(30, 2))
+    owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=0)))
+    result = owner.run()["t"]
+    assert joined_after
+    assert joined_after[0] < 4
+    assert _is_right(owner, "t", prompt)
+    assert result.started[0].loaded == ((0, 150),)
+
+
+def test_a_late_layer_voids_the_turns_part_of_a_step_and_nobody_elses() -> None:
+    owner = _filled()
+    owner.engine.meter.prefill_tokens_per_s = 20_000.0  # a joined step is patient for 50 ms
+    go = threading.Event()
+
+    def before(layer: int) -> None:
+        if layer == 3:
+            assert go.wait(20)
+
+    prompt = (*PROMPT, *random_prompt(30, 2))
+    owner.engine._restoring._joins = lambda restore: restore.may_join and restore.load.layers_ready >= 2  # type: ignore[method-assign]
+    owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=0)))
+    owner.add("other", random_prompt(20, 5), replace(GREEDY, max_new_tokens=30))
+    while owner.results["other"].finish is None:
+        owner.step()
+    assert _is_right(owner, "other", random_prompt(20, 5))
+    assert not owner.results["t"].started
+    go.set()
+    owner.run()
+    assert _is_right(owner, "t", prompt)
+    assert owner.results["t"].started[0].num_reused == 150
+
+
+def test_a_load_that_fails_under_a_step_is_computed_again() -> None:
+    owner = _filled()
+    owner.engine.meter.prefill_tokens_per_s = 20.0
+    may_fail = threading.Event()
+
+    def before(layer: int) -> None:
+        if layer == 2:
+            assert may_fail.wait(20)
+            raise ConnectionError("the bucket hung up")
+
+    forward = owner.engine._runner.forward
+
+    def watched(batch):  # type: ignore[no-untyped-def]
+        if batch.gates:
+            may_fail.set()
+        return forward(batch)
+
+    owner.engine._runner.forward = watched  # type: ignore[method-assign]
+    prompt = (*PROMPT, *random_prompt(30, 2))
+    owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=4)))
+    result = owner.run()["t"]
+    assert may_fail.is_set()
+    assert _is_right(owner, "t", prompt)
+    [info] = result.started
+    assert info.loaded == ((0, 64),)
+    assert [(failed.reason, failed.num_tokens) for failed in info.failed] == [("lost", 86)]
+
+
+# --- from the tail ----------------------------------------------------------------------------------------------------
+
+
+def test_the_front_is_computed_while_the_tail_loads() -> None:
+    owner = _filled(order=LoadOrder.TAIL)
+    owner.engine.meter.prefill_tokens_per_s = 1000.0
+    prompt = (*PROMPT, *random_prompt(9, 2))
+    owner.add(
+        "t", prompt, GREEDY, restore=tuple(_throttled(owner, lambda layer: time.sleep(0.01 if layer == 0 else 0)))
+    )
+    owner.store.chunks.clear()
+    result = owner.run()["t"]
+    [info] = result.started
+    assert _is_right(owner, "t", prompt)
+    [(start, end)] = info.loaded
+    assert 0 < start < end == 150
+    assert info.failed == ()
+    starts = sorted(header.start for header, _ in owner.store.chunks.values())
+    assert starts == [144, 160]  # what the store has is not offered again, the tail is extended
+
+
+def test_a_fast_load_from_the_tail_is_waited_for() -> None:
+    owner = _filled(order=LoadOrder.TAIL)
+    owner.engine.meter.prefill_tokens_per_s = 5.0
+    sources = owner.store.plan(PROMPT)
+    owner.add("t", PROMPT, GREEDY, restore=tuple(sources))
+    assert owner.run()["t"].started[0].loaded == ((0, 149),)
+    assert _is_right(owner, "t", PROMPT)
+
+
+@pytest.mark.parametrize("bad", [0, 3, 9])
+def test_a_chunk_that_fails_leaves_a_hole(bad: int) -> None:
+    owner = _filled(order=LoadOrder.TAIL)
+    owner.engine.meter.prefill_tokens_per_s = 1e-3  # computing is out of the question: only the hole is
+    sources = owner.store.plan(PROMPT)
+
+    def fail() -> ChunkReader:
+        raise OSError("gone")
+
+    key = sources[bad].key
+    sources[bad] = replace(sources[bad], open=fail)
+    prompt = (*PROMPT, *random_prompt(9, 2))
+    owner.store.chunks.clear()
+    owner.add("t", prompt, GREEDY, restore=tuple(sources))
+    [info] = owner.run()["t"].started
+    assert _is_right(owner, "t", prompt)
+    start, end = bad * CHUNK, min(150, (bad + 1) * CHUNK)
+    assert info.num_loaded == 150 - (end - start)
+    assert [(failed.key, failed.num_tokens) for failed in info.failed] == [(key, end - start)]
+    offered = {header.start for header, _ in owner.store.chunks.values()}
+    assert (start in offered) and 144 in offered
+
+
+def test_many_buffered_sources_are_not_opened_at_once() -> None:
+    owner = _filled(order=None, read_ahead_chunks=2)
+    asked: list[str] = []
+    opened: list[str] = []
+    most = 0
+    sources = []
+    for source in owner.store.plan(PROMPT):
+
+        def prefetch(key: str = source.key) -> None:
+            nonlocal most
+            asked.append(key)
+            most = max(most, len(set(asked) - set(opened)))
+
+        def open_(source: RestoreSource = source) -> ChunkReader:
+            opened.append(source.key)
+            return source.open()
+
+        sources.append(replace(source, open=open_, prefetch=prefetch, buffered=True))
+    owner.add("t", PROMPT, GREEDY, restore=tuple(sources))
+    owner.run()
+    assert _is_right(owner, "t", PROMPT)
+    assert opened
+    assert opened[0] == sources[-1].key
+    assert most <= 3
+
+
+# --- deadlines and departures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", list(LoadOrder))
+@pytest.mark.parametrize("where", ["open", "layer"])
+def test_a_load_that_hangs_is_given_up_and_the_answer_is_right(order: LoadOrder, where: str) -> None:
+    owner = _filled(order=order, load_deadline_s=0.1)
+    owner.engine.meter.prefill_tokens_per_s = 5.0
+    go = threading.Event()
+
+    def hang(layer: int = 0) -> None:
+        if layer == 1 or where == "open":
+            go.wait(20)
+
+    sources = _throttled(owner, hang if where == "layer" else lambda _: None, only=4)
+    if where == "open":
+        stock = sources[4].open
+
+        def slow() -> ChunkReader:
+            hang()
+            return stock()
+
+        sources[4] = replace(sources[4], open=slow)
+    owner.add("t", PROMPT, GREEDY, restore=tuple(sources))
+    while owner.results["t"].finish is None:
+        owner.step()
+    [info] = owner.results["t"].started
+    assert owner.results["t"].finish is FinishReason.LENGTH
+    assert _is_right(owner, "t", PROMPT)
+    assert {failed.reason for failed in info.failed} == {"late"}
+    assert info.num_reused == (69 if (order, where) == (LoadOrder.TAIL, "open") else 0)  # chunks 5 … 9 were there
+    assert owner.engine.has_work  # its loader has not let go
+    go.set()
+    owner.run()
+
+
+def test_preempting_a_turn_that_loads() -> None:
+    owner = _filled(kv_tokens=256)
+    go = threading.Event()
+    sources = _throttled(owner, lambda _: go.wait(20), only=0)
+    owner.add("long", random_prompt(60, 7), replace(GREEDY, max_new_tokens=60))
+    owner.step()
+    owner.add("t", PROMPT, GREEDY, restore=tuple(sources))
+    while owner.results["t"].num_preemptions == 0:
+        owner.step()
+        if owner.results["long"].finish is not None:
+            pytest.fail("nobody was preempted")
+    go.set()
+    owner.run()
+    assert _is_right(owner, "t", PROMPT)
+    assert _is_right(owner, "long", random_prompt(60, 7))

@@ -1,0 +1,80 @@
+"""Load or compute: the decisions, from numbers alone, against a simulation of what would happen."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.engine.overlap import (
+    MIN_FRONT_TOKENS,
+    LoadOrder,
+    choose_order,
+    front_tokens,
+    may_join,
+    read_buffer_bytes,
+)
+
+seconds = st.floats(1e-4, 10.0)
+
+
+@given(load_s=seconds, history_s=seconds, new_s=seconds)
+def test_the_order_that_ends_sooner(load_s: float, history_s: float, new_s: float) -> None:
+    layers_s = max(load_s, new_s)
+    tail_s = load_s * history_s / (load_s + history_s) + new_s
+    order = choose_order(load_s, history_s, new_s)
+    chosen, other = (layers_s, tail_s) if order is LoadOrder.LAYERS else (tail_s, layers_s)
+    assert chosen <= other * (1 + 1e-9)
+
+
+def test_what_is_not_known_is_measured_from_the_tail() -> None:
+    assert choose_order(None, 1.0, 1.0) is LoadOrder.TAIL
+    assert choose_order(0.0, 1.0, 1.0) is LoadOrder.LAYERS
+
+
+@given(
+    load_s=st.floats(1e-5, 1e-1),
+    compute_s=st.floats(1e-5, 1e-1),
+    num_layers=st.integers(1, 80),
+    ready=st.integers(0, 80),
+)
+def test_a_turn_that_may_join_finds_every_layer_nearly_in_time(
+    load_s: float, compute_s: float, num_layers: int, ready: int
+) -> None:
+    ready = min(ready, num_layers)
+    now, stalled = 0.0, 0.0
+    for layer in range(num_layers):
+        there_at = max(0, layer + 1 - ready) * load_s
+        stalled += max(0.0, there_at - now)
+        now = max(now, there_at) + compute_s
+    joins = may_join(ready, num_layers, load_s, compute_s)
+    assert joins == (stalled <= 0.02 * num_layers * compute_s + 1e-12)
+
+
+@pytest.mark.parametrize(("load_s", "compute_s"), [(1e-3, 1e-3), (3e-3, 1e-3), (1e-4, 1e-3), (1e-3, 3e-4)])
+def test_front_and_load_meet_at_the_ideal_time(load_s: float, compute_s: float) -> None:
+    """Steps of at most 256 tokens against chunks of 64 that come from the tail."""
+    total, chunk = 4096, 64
+    computed, loaded, now = 0, total, 0.0
+    next_chunk_at = chunk * load_s
+    while computed < loaded:
+        wanted = min(256, front_tokens(loaded - computed, load_s, compute_s))
+        until = now + wanted * compute_s if wanted else next_chunk_at
+        while next_chunk_at <= until and computed + wanted < loaded:
+            loaded = max(computed + wanted, loaded - chunk)
+            next_chunk_at += chunk * load_s
+        computed, now = computed + wanted, until
+    ideal = total * load_s * compute_s / (load_s + compute_s)
+    assert now <= 1.1 * ideal + chunk * load_s
+
+
+def test_a_load_that_is_nearly_there_is_waited_for() -> None:
+    assert front_tokens(2048, 1e-6, 1e-3) == 0
+    assert front_tokens(MIN_FRONT_TOKENS - 1, 1.0, 1e-6) == 0
+    assert front_tokens(2048, 0.0, 1e-3) == 0
+    assert front_tokens(2048, 1.0, None) == 0
+
+
+def test_the_papers_read_buffer() -> None:
+    assert read_buffer_bytes(load_s=0.192, compute_s=0.1, bytes_per_s=26e9) == pytest.approx(26e9 * 0.092)
+    assert read_buffer_bytes(load_s=0.05, compute_s=0.1, bytes_per_s=26e9) == 0
