@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,12 @@ import numpy as np
 import ray
 
 from actors.engine.params import SamplingParams
-from actors.engine.turns import EngineConfig, ReadyChunk, Request, RestoreSource, TurnOutput
+from actors.engine.turns import EngineConfig, ReadyChunk, Request, TurnOutput
+from actors.hbm_eviction import HbmEviction
+from actors.sources import restore_sources
 from actors.wire import TurnRequest
 from policies import messages as m
 from storage.filesystem import open_reader
-from storage.format import ChunkReader, read_chunk
 from storage.tier import ChunkOpener
 
 IDLE_WAIT_S = 0.5
@@ -40,6 +40,7 @@ class ShardPlan:
     salt: str = ""
     ssd_url: str | None = None  # read directly, without a stop in DRAM
     object_url: str | None = None
+    eviction: str = "policies.eviction:LookAhead"  # of chunks in HBM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class Shard:
         from actors.engine.engine import Engine  # whoever holds this actor's handle imports this file: no torch above
 
         self._plan = plan
-        self._engine = Engine(plan.engine)
+        self._engine = Engine(plan.engine, eviction=HbmEviction(plan.eviction))
         self._max_turn_tokens = min(
             self._engine.loaded.context_window, plan.engine.num_blocks * plan.engine.block_tokens
         )
@@ -108,10 +109,7 @@ class Shard:
     @ray.method(concurrency_group="control")
     def add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...], refs: list[Any]) -> None:
         """Takes a turn in. `refs` boxes one object reference per step, None where the step is read from a file."""
-        restore = tuple(
-            RestoreSource(key=step.chunk, start=step.start, num_tokens=step.num_tokens, open=self._opener(step, ref))
-            for step, ref in zip(steps, refs)
-        )
+        restore = restore_sources(steps, refs, self._readers, self._plan.engine.load_deadline_s)
         self._engine.add(
             Request(
                 turn_id=turn.turn_id,
@@ -144,12 +142,6 @@ class Shard:
     def export_chunk(self, key: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The chunk's Arrow bytes; the caller owns the object and the write buffer forgets it."""
         return self._engine.take_chunk(key)
-
-    def _opener(self, step: m.RestoreStep, ref: Any) -> Callable[[], ChunkReader]:
-        if step.tier == m.Tier.DRAM:
-            return lambda: read_chunk(ray.get(ref))
-        reader = self._readers[step.tier]
-        return lambda: reader.open(step.chunk)
 
     # --- outputs ------------------------------------------------------------------------------------------------------
 

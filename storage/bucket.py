@@ -1,102 +1,86 @@
 """Chunks as objects of any fsspec file system (s3://, gs://, memory://, …): the OBJECT tier.
 
-A chunk is one PUT; opening one costs a ranged GET of its head, and each layer one more. Nothing is cached and no
-listing is trusted. Several tiers may share a bucket; see `storage.filesystem` for what counts towards which budget.
-The file system should make an object visible only when it is complete, as every object store does.
+A chunk is one PUT, and one GET where its size is known; else a ranged GET of its head, and one per layer. Nothing is
+cached and no listing is trusted. Several tiers may share a bucket; see `storage.filesystem` for what counts towards
+which budget. The file system should make an object visible only when it is complete, as every object store does.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-import fsspec.asyn
-import fsspec.core
-
 from storage.account import Account
+from storage.arrivals import Arrival, Arrivals
 from storage.format import FIRST_READ_BYTES, ChunkReader, RangeSource
 from storage.header import Buffer, ChunkHeader, CorruptChunk, byte_view
+from storage.remote import Bucket
 from storage.tier import CHUNK_SUFFIX, ChunkMissing, TierError, TierFull, chunk_path, open_chunk
 
 _logger = logging.getLogger(__name__)
 
 _INVENTORY_BATCH = 64  # heads asked for at once
 _CLEAN_UP_S = 2.0
-
-
-class Bucket:
-    """The place below a URL, and its operations with a deadline. Counts and keeps nothing."""
-
-    def __init__(self, url: str, deadline_s: float, options: Mapping[str, object] | None) -> None:
-        if deadline_s <= 0:
-            raise ValueError(f"deadline_s must be > 0, got {deadline_s}")
-        self.deadline_s = deadline_s
-        self._url = url
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url, **{"use_listings_cache": False, **(options or {})})
-        except (ImportError, ValueError) as error:
-            raise TierError(f"{url}: {error}") from error
-        self.root = root.rstrip("/")
-
-    def path(self, key: str) -> str:
-        return f"{self.root}/{chunk_path(key)}"
-
-    def size(self, key: str) -> int | None:
-        """Bytes of a chunk's file; None where there is none."""
-        try:
-            info = self.call("info", self.path(key))
-        except FileNotFoundError:
-            return None
-        return int(info["size"]) if info["type"] == "file" else None
-
-    def get(self, key: str, start: int, end: int) -> bytes:
-        """One ranged request. FileNotFoundError."""
-        return bytes(self.call("cat_file", self.path(key), start=start, end=end))
-
-    def call(self, operation: str, *args: object, deadline_s: float | None = None, **options: object) -> Any:
-        """One operation of the file system. FileNotFoundError, or TierError for everything else it may raise."""
-        limit_s = self.deadline_s if deadline_s is None else deadline_s
-        try:
-            if self._fs.async_impl:
-                function = getattr(self._fs, "_" + operation)
-                return fsspec.asyn.sync(self._fs.loop, function, *args, timeout=limit_s, **options)
-            return _within(limit_s, lambda: getattr(self._fs, operation)(*args, **options))
-        except FileNotFoundError:
-            raise
-        except TimeoutError as error:
-            raise TierError(f"{self._url}: {operation} was not done after {limit_s} s") from error
-        except PermissionError as error:
-            raise TierError(
-                f"{self._url}: {operation} denied; check the credentials and their rights: {error}"
-            ) from error
-        except Exception as error:  # each driver brings its own classes
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise (TierFull if full else TierError)(f"{self._url}: {operation} failed: {error!r}") from error
+_KEEP_DEADLINES = 2.0  # so many deadlines a prefetched chunk waits to be opened
 
 
 class BucketReader:
-    """A ChunkOpener below a URL, for processes beside the one that has the ObjectTier."""
+    """A ChunkOpener below a URL, for processes beside the one that has the ObjectTier.
 
-    def __init__(self, url: str, *, deadline_s: float = 30.0, options: Mapping[str, object] | None = None) -> None:
+    A chunk of known size is one GET, and its layers are read from memory; whoever wants a chunk that is on its way, or
+    that somebody is reading, shares it. Of unknown size it is a HEAD and ranged GETs. At most `prefetch_bytes` of
+    memory hold chunks that were prefetched and not opened yet.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        deadline_s: float = 30.0,
+        prefetch_bytes: int = 512 << 20,
+        options: Mapping[str, object] | None = None,
+    ) -> None:
         self._bucket = Bucket(url, deadline_s, options)
         self._url = url
+        self._arrivals = Arrivals(
+            lambda key, num_bytes: self._bucket.begin_get(key, 0, num_bytes),
+            limit_bytes=prefetch_bytes,
+            keep_s=_KEEP_DEADLINES * deadline_s,
+        )
 
-    def open(self, key: str) -> ChunkReader:
+    def open(self, key: str, num_bytes: int | None = None) -> ChunkReader:
+        try:
+            arrival = self._arrivals.take(key, num_bytes)
+        except FileNotFoundError:
+            raise ChunkMissing(f"chunk {key} is not in {self._url}") from None
+        source = self._by_range(key) if arrival is None else _from_memory(arrival)
+        return open_chunk(key, source, num_bytes)
+
+    def prefetch(self, key: str, num_bytes: int) -> None:
+        self._arrivals.expect(key, num_bytes)
+
+    def forget(self, key: str) -> None:
+        self._arrivals.forget(key)
+
+    def _by_range(self, key: str) -> RangeSource:
         size = self._bucket.size(key)
         if size is None:
             raise ChunkMissing(f"chunk {key} is not in {self._url}")
-        return open_chunk(key, RangeSource(read=lambda start, length: self._get(key, start, length), num_bytes=size))
+        return RangeSource(read=lambda start, length: self._get(key, start, length), num_bytes=size)
 
     def _get(self, key: str, start: int, length: int) -> bytes:
         try:
             return self._bucket.get(key, start, start + length)
         except FileNotFoundError:
             raise ChunkMissing(f"chunk {key} is no longer in {self._url}") from None
+
+
+def _from_memory(arrival: Arrival) -> RangeSource:
+    """Its reader keeps the arrival, and with it the bytes."""
+    return RangeSource(read=lambda offset, length: arrival.data[offset : offset + length], num_bytes=len(arrival.data))
 
 
 class ObjectTier:
@@ -139,7 +123,7 @@ class ObjectTier:
         return open_chunk(key, source)
 
     def read(self, key: str) -> bytes:
-        return self._get(key, 0, self.num_bytes(key))
+        return self._get(key, 0, self._account.get(key))
 
     def delete(self, key: str) -> bool:
         path = self._bucket.path(key)
@@ -213,7 +197,7 @@ class ObjectTier:
     def _forget_if_gone(self, key: str) -> None:
         self._account.forget_unless(key, lambda: self._is_there(key))
 
-    def _get(self, key: str, start: int, end: int) -> bytes:
+    def _get(self, key: str, start: int, end: int | None) -> bytes:
         try:
             return self._bucket.get(key, start, end)
         except FileNotFoundError:
@@ -249,24 +233,3 @@ class ObjectTier:
         except TierError as error:
             _logger.warning("skipping unreadable chunk %s: %s", key, error)
         return None
-
-
-def _within(limit_s: float, function: Callable[[], object]) -> object:
-    """Run a blocking call in a thread of its own, and leave it there if it does not end. TimeoutError."""
-    outcome: list[tuple[object, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True, name="object-tier")
-    thread.start()
-    thread.join(limit_s)
-    if not outcome:
-        raise TimeoutError
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result

@@ -8,6 +8,12 @@ class TestMyTier(TierContract):
 class TestMyDurableTier(PersistentTierContract):
     @pytest.fixture
     def reopen(self): ...                     # reopen(budget_bytes) -> another tier over the same place
+
+class TestMyReader(OpenerContract):           # for a `storage.tier.ChunkOpener`
+    @pytest.fixture
+    def tier(self): ...                       # a tier whose chunks the opener reads
+    @pytest.fixture
+    def opener(self, tier): ...
 """
 
 from __future__ import annotations
@@ -27,16 +33,16 @@ from storage.format import ChunkHeader, LayerShape, encode, encoded_size
 from storage.header import Buffer, Bytes, CorruptChunk, byte_view
 from storage.keys import KeySpace, chain
 from storage.layout import KV
-from storage.tier import ChunkMissing, ChunkTier, TierError, TierFull
+from storage.tier import ChunkMissing, ChunkOpener, ChunkTier, TierError, TierFull
 
 ROOT = KeySpace(model="contract", tokenizer="contract", dtype="float32").root()
 NUM_LAYERS = 3
 
 
-def sample_layers(seed: int, num_bytes: int) -> tuple[ChunkHeader, list[KV]]:
+def sample_layers(seed: int, num_bytes: int, num_layers: int = NUM_LAYERS) -> tuple[ChunkHeader, list[KV]]:
     """A chunk of its own for every seed, encoded in roughly (and at most) `num_bytes`, at least some 4 KiB."""
     num_heads, num_tokens = 2, 4
-    dim = max(1, (num_bytes - 4096) // (NUM_LAYERS * 2 * num_heads * num_tokens * 4))
+    dim = max(1, (num_bytes - 4096) // (num_layers * 2 * num_heads * num_tokens * 4))
     token_ids = tuple(range(seed, seed + num_tokens))
     marks = tuple(chain(ROOT, token_ids, chunk_tokens=num_tokens, cuts=(2,)))
     shape = LayerShape(num_kv_heads=num_heads, k_dim=dim, v_dim=dim)
@@ -48,17 +54,17 @@ def sample_layers(seed: int, num_bytes: int) -> tuple[ChunkHeader, list[KV]]:
         token_ids=token_ids,
         marks=marks,
         dtype="float32",
-        layers=(shape,) * NUM_LAYERS,
+        layers=(shape,) * num_layers,
     )
     values = np.random.default_rng(seed)
     size = (num_heads, num_tokens, dim)
-    layers = [(values.random(size, dtype=np.float32), values.random(size, dtype=np.float32)) for _ in range(NUM_LAYERS)]
+    layers = [(values.random(size, dtype=np.float32), values.random(size, dtype=np.float32)) for _ in range(num_layers)]
     return header, layers
 
 
-def sample_chunk(seed: int, num_bytes: int) -> tuple[str, Bytes]:
+def sample_chunk(seed: int, num_bytes: int, num_layers: int = NUM_LAYERS) -> tuple[str, Bytes]:
     """Key and encoded bytes of such a chunk."""
-    header, layers = sample_layers(seed, num_bytes)
+    header, layers = sample_layers(seed, num_bytes, num_layers)
     return header.key, encode(header, layers)
 
 
@@ -348,6 +354,105 @@ class PersistentTierContract(TierContract):
         assert tier.used_bytes == len(data)
 
 
+class OpenerContract:
+    """What holds for every opener, hints or no hints."""
+
+    @pytest.fixture
+    def tier(self) -> Iterator[ChunkTier]:
+        raise NotImplementedError("an opener's test class provides the fixture `tier`: an empty tier, which it reads")
+
+    @pytest.fixture
+    def opener(self, tier: ChunkTier) -> ChunkOpener:
+        raise NotImplementedError("an opener's test class provides the fixture `opener`: it reads what `tier` keeps")
+
+    @pytest.mark.parametrize("hint", ["none", "size", "prefetch", "prefetch twice", "prefetch and forget"])
+    def test_opens_what_the_tier_keeps(self, tier: ChunkTier, opener: ChunkOpener, hint: str) -> None:
+        header, layers = sample_layers(1, 200_000)
+        num_bytes = tier.put(header.key, encode(header, layers))
+        for _ in range({"prefetch": 1, "prefetch twice": 2, "prefetch and forget": 1}.get(hint, 0)):
+            opener.prefetch(header.key, num_bytes)
+        if hint == "prefetch and forget":
+            opener.forget(header.key)
+        reader = opener.open(header.key, None if hint == "none" else num_bytes)
+        assert reader.header == header
+        assert reader.num_bytes == num_bytes
+        reader.verify()
+        for i, (k, v) in enumerate(layers):
+            assert np.array_equal(reader.layer(i)[0], k)
+            assert np.array_equal(reader.layer(i)[1], v)
+        k, _ = reader.layer(1)
+        reader.close()
+        assert np.array_equal(k, layers[1][0])
+
+    def test_a_hint_without_a_size_is_enough(self, tier: ChunkTier, opener: ChunkOpener) -> None:
+        key, data = sample_chunk(2, 200_000)
+        tier.put(key, data)
+        opener.prefetch(key, len(data))
+        opener.open(key).verify()
+
+    def test_many_at_once_from_many_threads(self, tier: ChunkTier, opener: ChunkOpener) -> None:
+        chunks = dict(sample_chunk(seed, 20_000) for seed in range(0, 80, 10))
+        for key, data in chunks.items():
+            tier.put(key, data)
+
+        def use(seed: int) -> None:
+            choose = random.Random(seed)
+            for _ in range(20):
+                key, data = choose.choice(list(chunks.items()))
+                for action in choose.sample(["prefetch", "prefetch", "open", "forget"], 3):
+                    if action == "prefetch":
+                        opener.prefetch(key, len(data))
+                    elif action == "open":
+                        opener.open(key, len(data))
+                    else:
+                        opener.forget(key)
+                opener.open(key, len(data)).verify()
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(use, range(4)))
+
+    @pytest.mark.parametrize("is_prefetched", [False, True])
+    def test_a_missing_chunk(self, opener: ChunkOpener, is_prefetched: bool) -> None:
+        key, data = sample_chunk(3, 20_000)
+        if is_prefetched:
+            opener.prefetch(key, len(data))  # does not raise
+        for num_bytes in (len(data), None):
+            with pytest.raises(ChunkMissing):
+                opener.open(key, num_bytes)
+        opener.forget(key)
+
+    @pytest.mark.parametrize("is_prefetched", [False, True])
+    @pytest.mark.parametrize("damage", ["head", "cut", "empty", "other chunk", "layer"])
+    def test_damage_is_seen(self, tier: ChunkTier, opener: ChunkOpener, damage: str, is_prefetched: bool) -> None:
+        key, data = sample_chunk(4, 200_000)
+        tier.put(key, _damaged(data, damage))
+        if is_prefetched:
+            opener.prefetch(key, len(data))
+        # of an object without bytes some places refuse to send a range
+        with pytest.raises((CorruptChunk, TierError) if damage == "empty" else CorruptChunk):
+            opener.open(key, len(data)).layer(NUM_LAYERS // 2)
+
+    @pytest.mark.parametrize("is_prefetched", [False, True])
+    @pytest.mark.parametrize("error", [-64, 64])
+    def test_a_chunk_of_another_size_is_corrupt(
+        self, tier: ChunkTier, opener: ChunkOpener, error: int, is_prefetched: bool
+    ) -> None:
+        key, data = sample_chunk(5, 200_000)
+        tier.put(key, data)
+        if is_prefetched:
+            opener.prefetch(key, len(data) + error)
+        with pytest.raises(CorruptChunk):
+            opener.open(key, len(data) + error)
+
+    def test_a_failure_is_not_remembered(self, tier: ChunkTier, opener: ChunkOpener) -> None:
+        key, data = sample_chunk(6, 20_000)
+        opener.prefetch(key, len(data))
+        with pytest.raises(ChunkMissing):
+            opener.open(key, len(data))
+        tier.put(key, data)
+        opener.open(key, len(data)).verify()
+
+
 def _put_or_full(tier: ChunkTier, key: str, data: Bytes) -> bool:
     try:
         tier.put(key, data)
@@ -363,6 +468,10 @@ def _damaged(data: Bytes, damage: str) -> Bytes:
         return damaged
     if damage == "cut":
         return data[:-1]
+    if damage == "layer":
+        damaged = data.copy()
+        damaged[len(data) // 2] ^= 1
+        return damaged
     if damage == "empty":
         return data[:0]
     return sample_chunk(999, 0)[1]

@@ -10,7 +10,6 @@ was put here too, or if it was there when the tier started.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import logging
@@ -18,17 +17,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import fsspec.utils
-import pyarrow as pa
 
 from storage.account import Account
 from storage.bucket import BucketReader, ObjectTier
-from storage.format import ChunkReader, RangeSource
+from storage.files import FileReader, explained, open_file, read_file
+from storage.format import ChunkReader
 from storage.header import Buffer, Bytes, ChunkHeader, CorruptChunk, byte_view
-from storage.tier import CHUNK_SUFFIX, ChunkMissing, ChunkOpener, ChunkTier, TierError, TierFull, chunk_path, open_chunk
+from storage.tier import CHUNK_SUFFIX, ChunkMissing, ChunkOpener, ChunkTier, TierError, chunk_path
 
 __all__ = ["FileReader", "FileTier", "ObjectTier", "open_reader", "open_tier"]
 
@@ -56,26 +55,11 @@ def open_reader(url: str) -> ChunkOpener:
     return BucketReader(url)
 
 
-class FileReader:
-    """A ChunkOpener over a FileTier's folder."""
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(root).expanduser().absolute()
-
-    def open(self, key: str) -> ChunkReader:
-        path = self._root / chunk_path(key)
-        with _explained(path):
-            try:
-                return open_chunk(key, _map(path))
-            except FileNotFoundError:
-                raise ChunkMissing(f"chunk {key} is not in {self._root}") from None
-
-
 class FileTier:
     """A ChunkTier in a folder.
 
     put: reserve, write to a temporary file, fsync, rename, fsync the folder: after a crash a chunk is there whole or
-    not at all. Reads map the file; a mapped file may be deleted, its bytes stay until the last view goes.
+    not at all. A file that is being read may be deleted: its readers go on.
     At the start, files of dead writers are removed and the chunks found are counted, the newest first; if they exceed
     the budget, the rest is deleted, or left to their owners (and not counted) while other writers live in the folder.
     TierError if the folder cannot be used. After close() a tier only reads.
@@ -86,7 +70,7 @@ class FileTier:
         self._account = Account(budget_bytes)
         self._root = Path(root).expanduser().absolute()
         self._counter = itertools.count()
-        with _explained(self._root):
+        with explained(self._root):
             self._temp = _TempFolder(self._root)
             self._adopt()
 
@@ -96,7 +80,7 @@ class FileTier:
 
     def put(self, key: str, data: Buffer) -> int:
         view, path = byte_view(data), self._path(key)
-        with _explained(path):
+        with explained(path):
             size = self._size(path)
             num_bytes = len(view) if size is None else size
             with self._account.adding(key, num_bytes, path.exists) as is_new:
@@ -105,15 +89,16 @@ class FileTier:
         return self._account.get(key) or num_bytes
 
     def open(self, key: str) -> ChunkReader:
-        return open_chunk(key, self.read(key))
-
-    def read(self, key: str) -> pa.Buffer:
         with self._found(key) as path:
-            return _map(path)
+            return open_file(key, path)
+
+    def read(self, key: str) -> Bytes:
+        with self._found(key) as path:
+            return read_file(path)
 
     def delete(self, key: str) -> bool:
         path = self._path(key)
-        with self._account.removing(key), _explained(path):
+        with self._account.removing(key), explained(path):
             try:
                 path.unlink()
             except FileNotFoundError:
@@ -162,7 +147,7 @@ class FileTier:
     def _found(self, key: str) -> Iterator[Path]:
         """Around an access to a committed file: a file that is gone leaves the account and is a ChunkMissing."""
         path = self._path(key)
-        with _explained(path):
+        with explained(path):
             try:
                 yield path
             except FileNotFoundError:
@@ -170,13 +155,8 @@ class FileTier:
                 raise ChunkMissing(f"chunk {key} is not in {self._root}") from None
 
     def _read_header(self, key: str) -> tuple[ChunkHeader, int]:
-        """Plain reads: mapping thousands of files to look at their heads is slower."""
-        with self._found(key) as path, path.open("rb", buffering=0) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            source = RangeSource(
-                read=lambda offset, length: os.pread(file.fileno(), length, offset), num_bytes=num_bytes
-            )
-            return open_chunk(key, source).header, num_bytes
+        with self._found(key) as path, closing(open_file(key, path)) as reader:
+            return reader.header, reader.num_bytes
 
     def _write(self, path: Path, view: Bytes) -> None:
         temp = self._temp.path / f"{path.name}.{next(self._counter)}"
@@ -215,11 +195,6 @@ class FileTier:
         _logger.warning("deleting the %d oldest chunks of %s: they exceed the budget", len(keys), self._root)
         for key in keys:
             self.delete(key)
-
-
-def _map(path: Path) -> pa.Buffer:
-    with pa.memory_map(str(path)) as mapped:
-        return mapped.read_buffer()
 
 
 class _TempFolder:
@@ -288,25 +263,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_ADVICE = {
-    errno.ENOSPC: "the device is full: free space or lower the tier's budget",
-    errno.EDQUOT: "the quota is used up: free space or lower the tier's budget",
-    errno.EACCES: "permission denied: give this user write access or choose another folder",
-    errno.EPERM: "permission denied: give this user write access or choose another folder",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.ENOLCK: "the file system has no locks: mount it with locks or choose another folder",
-    errno.ENOTDIR: "a file is in the way: choose another folder",
-    errno.EEXIST: "a file is in the way: choose another folder",
-}
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Errors of the operating system become the tier's, with advice."""
-    try:
-        yield
-    except OSError as error:
-        kind = TierFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else TierError
-        raise kind(f"{path}: {_ADVICE.get(error.errno or 0, error.strerror or str(error))}") from error

@@ -23,10 +23,24 @@ class ChunkMissing(TierError):  # noqa: N818 - a state of the chunk
 
 
 class ChunkOpener(Protocol):
-    """Reads chunks that others keep. Thread-safe."""
+    """Reads chunks that others keep. Thread-safe.
 
-    def open(self, key: str) -> ChunkReader:
-        """A reader over one chunk. ChunkMissing, CorruptChunk."""
+    Who knows what it will open says so with `prefetch`, then opens or forgets each of them once. The memory that this
+    takes is bounded: beyond a limit hints are ignored, and what is neither opened nor forgotten is dropped after a
+    while. A hint changes nothing but the time that `open` takes.
+    """
+
+    def open(self, key: str, num_bytes: int | None = None) -> ChunkReader:
+        """A reader over one chunk; takes over what `prefetch` started. `num_bytes`: the chunk's exact size, if it is
+        known, which may save a request; a chunk of another size is corrupt. ChunkMissing, CorruptChunk, TierError."""
+
+    def prefetch(self, key: str, num_bytes: int) -> None:
+        """Starts bringing the bytes near and returns at once; open() soon after finds them on their way, or there.
+        Never raises for the chunk's faults: open() tells. May do nothing."""
+
+    def forget(self, key: str) -> None:
+        """The chunk will not be opened after all: drops what `prefetch` started, unless others wait for it. Nothing
+        for a chunk that is not prefetched."""
 
 
 class ChunkTier(Protocol):
@@ -77,12 +91,15 @@ class ChunkTier(Protocol):
         """Let go of handles and temporary files. What is stored stays if the tier is persistent."""
 
 
-def open_chunk(key: str, source: Buffer | RangeSource) -> ChunkReader:
-    """A reader over what a tier found under `key`. CorruptChunk also if it is another chunk."""
+def open_chunk(key: str, source: Buffer | RangeSource, num_bytes: int | None = None) -> ChunkReader:
+    """A reader over what a tier found under `key`. CorruptChunk also if it is another chunk, or not of `num_bytes`."""
     reader = read_chunk(source)
     if reader.header.key != key:
         reader.close()
         raise CorruptChunk(f"found chunk {reader.header.key} under the key {key}")
+    if num_bytes is not None and reader.num_bytes != num_bytes:
+        reader.close()
+        raise CorruptChunk(f"chunk {key} has {reader.num_bytes} bytes, not {num_bytes}")
     return reader
 
 

@@ -17,6 +17,10 @@ class S3Server:
     def __init__(self) -> None:
         self.requests: list[tuple[str, str, str | None]] = []
         self.delay_s = 0.0
+        self.most_at_once = 0
+        """Requests that were being answered at the same time."""
+        self._num_now = 0
+        self._lock = threading.Lock()
         self.refuse: frozenset[str] = frozenset()
         """Methods that are answered with 403."""
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -26,6 +30,16 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _answer(self, environ: dict, start_response: object) -> Iterable[bytes]:
+        with self._lock:
+            self._num_now += 1
+            self.most_at_once = max(self.most_at_once, self._num_now)
+        try:
+            return self._answer_one(environ, start_response)
+        finally:
+            with self._lock:
+                self._num_now -= 1
+
+    def _answer_one(self, environ: dict, start_response: object) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         if path.endswith(".arrow"):
             self.requests.append((method, path, environ.get("HTTP_RANGE")))

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import gc
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
 import pytest
 
-from storage.bucket import ObjectTier
-from storage.contract import NUM_LAYERS, PersistentTierContract, sample_chunk, sample_layers
+from storage.bucket import BucketReader, ObjectTier
+from storage.contract import NUM_LAYERS, OpenerContract, PersistentTierContract, sample_chunk, sample_layers
 from storage.filesystem import open_tier
 from storage.format import FIRST_READ_BYTES, encode
 from storage.tier import ChunkMissing, TierError, TierFull
@@ -85,17 +87,18 @@ class TestMemoryUrl(PersistentTierContract):
         big._bucket._fs.rm("/contract/many", recursive=True)
 
 
-class TestS3(PersistentTierContract):
-    @pytest.fixture
-    def bucket(self, s3_server):
-        """An empty bucket of its own for every test."""
-        name = f"bucket-{uuid.uuid4().hex}"
-        s3_server.delay_s, s3_server.refuse = 0.0, frozenset()
-        fsspec.filesystem("s3", endpoint_url=s3_server.url).mkdir(name)
-        s3_server.requests.clear()
-        yield name
-        s3_server.delay_s, s3_server.refuse = 0.0, frozenset()
+@pytest.fixture
+def bucket(s3_server):
+    """An empty bucket of its own for every test."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3_server.delay_s, s3_server.refuse = 0.0, frozenset()
+    fsspec.filesystem("s3", endpoint_url=s3_server.url).mkdir(name)
+    s3_server.requests.clear()
+    yield name
+    s3_server.delay_s, s3_server.refuse = 0.0, frozenset()
 
+
+class TestS3(PersistentTierContract):
     @pytest.fixture
     def reopen(self, bucket, s3_server):
         def reopen(budget_bytes, **options):
@@ -150,6 +153,8 @@ class TestS3(PersistentTierContract):
         self.server.requests.clear()
         assert tier.read(key) == data.tobytes()
         assert self.server.requests_of("GET") == [f"bytes=0-{len(data) - 1}"]
+        assert reopen(1).read(key) == data.tobytes()  # not in this one's account: its size is unknown
+        assert [method for method, _, _ in self.server.requests] == ["GET"] * 2
 
     def test_a_silent_server_ends_at_the_deadline(self, reopen):
         tier = reopen(1 << 20, deadline_s=0.3)
@@ -198,6 +203,169 @@ class TestS3(PersistentTierContract):
     def test_nobody_listens(self):
         with pytest.raises(TierError):
             open_tier("s3://bucket/x", BUDGET, deadline_s=1.0, options={"endpoint_url": "http://127.0.0.1:9"})
+
+
+class TestMemoryReader(OpenerContract):
+    @pytest.fixture
+    def tier(self):
+        yield ObjectTier("memory://openers", 10 << 20)
+        memory = fsspec.filesystem("memory")
+        if memory.exists("/openers"):
+            memory.rm("/openers", recursive=True)
+
+    @pytest.fixture
+    def opener(self, tier):
+        return BucketReader("memory://openers")
+
+    def test_prefetch_does_not_wait_and_a_hang_ends_at_the_deadline(self, tier, monkeypatch):
+        key, data = sample_chunk(1, 20_000)
+        tier.put(key, data)
+        reader = BucketReader("memory://openers", deadline_s=0.2)
+        monkeypatch.setattr(reader._bucket._fs, "cat_file", lambda *args, **kwargs: time.sleep(1.0))
+        started = time.monotonic()
+        reader.prefetch(key, len(data))
+        assert time.monotonic() - started < 0.1
+        with pytest.raises(TierError, match=r"not done after 0\.2 s"):
+            reader.open(key, len(data))
+        assert time.monotonic() - started < 0.9
+
+
+class TestS3Reader(OpenerContract):
+    DELAY_S = 0.02
+
+    @pytest.fixture
+    def tier(self, bucket, s3_server):
+        return open_tier(f"s3://{bucket}/chunks", 10 << 20, options={"endpoint_url": s3_server.url})
+
+    @pytest.fixture
+    def make(self, bucket, s3_server):
+        """A reader of the bucket, with other settings."""
+        return lambda **settings: BucketReader(
+            f"s3://{bucket}/chunks", options={"endpoint_url": s3_server.url}, **settings
+        )
+
+    @pytest.fixture
+    def opener(self, tier, make, s3_server):
+        s3_server.requests.clear()
+        return make()
+
+    def put_turn(self, tier, server, num_chunks=8, num_layers=NUM_LAYERS):
+        """The chunks of a turn, larger than what comes with a head; then the network gets slow."""
+        chunks = dict(sample_chunk(seed, LARGE, num_layers) for seed in range(num_chunks))
+        for key, data in chunks.items():
+            tier.put(key, data)
+        open_and_verify(tier, next(iter(chunks)))  # connections are there
+        server.requests.clear()
+        server.delay_s, server.most_at_once = self.DELAY_S, 0
+        return chunks
+
+    @pytest.mark.parametrize("num_layers", [2, 28])
+    @pytest.mark.parametrize("is_prefetched", [False, True])
+    def test_one_get_per_chunk_and_no_head_however_many_layers(self, tier, make, s3_server, num_layers, is_prefetched):
+        chunks = self.put_turn(tier, s3_server, 4, num_layers)
+        reader = make()
+        for key, data in chunks.items() if is_prefetched else ():
+            reader.prefetch(key, len(data))
+        for key, data in chunks.items():
+            chunk = reader.open(key, len(data))
+            assert len(chunk.header.layers) == num_layers
+            chunk.verify()
+        ranges = [f"bytes=0-{len(data) - 1}" for data in chunks.values()]
+        assert sorted(s3_server.requests_of("GET")) == sorted(ranges)
+        assert {method for method, _, _ in s3_server.requests} == {"GET"}
+
+    def test_prefetched_chunks_come_together(self, tier, make, s3_server):
+        chunks = self.put_turn(tier, s3_server)
+        s3_server.delay_s = 0.3
+        reader = make()
+        started = time.monotonic()
+        for key, data in chunks.items():
+            reader.prefetch(key, len(data))
+        assert time.monotonic() - started < s3_server.delay_s  # it does not wait
+        for key, data in chunks.items():
+            reader.open(key, len(data))
+        assert time.monotonic() - started < 4 * s3_server.delay_s  # one after the other: eight and more
+        assert len(s3_server.requests) == len(chunks)
+        assert s3_server.most_at_once >= 6
+
+    @pytest.mark.parametrize("is_prefetched", [False, True])
+    def test_those_who_want_a_chunk_at_the_same_time_share_one_get(self, tier, make, s3_server, is_prefetched):
+        [(key, data)] = self.put_turn(tier, s3_server, 1).items()
+        s3_server.delay_s = 0.2
+        reader = make()
+
+        def restore(_):
+            if is_prefetched:
+                reader.prefetch(key, len(data))
+            chunk = reader.open(key, len(data))
+            chunk.verify()
+            return chunk
+
+        with ThreadPoolExecutor(4) as pool:
+            readers = list(pool.map(restore, range(4)))
+        assert len(s3_server.requests) == 1
+        reader.open(key, len(data)).verify()  # while others are reading it
+        assert len(s3_server.requests) == 1
+        del readers
+        gc.collect()
+        reader.open(key, len(data)).verify()
+        assert len(s3_server.requests) == 2
+
+    def test_forgotten_is_not_kept(self, tier, make, s3_server):
+        [(key, data)] = self.put_turn(tier, s3_server, 1).items()
+        reader = make()
+        reader.prefetch(key, len(data))
+        wait_until(lambda: len(s3_server.requests) == 1)
+        reader.forget(key)
+        assert reader._arrivals.expected_bytes == 0
+        reader.open(key, len(data)).verify()
+        assert len(s3_server.requests) == 2
+
+    def test_prefetched_memory_is_bounded(self, tier, make, s3_server):
+        chunks = self.put_turn(tier, s3_server)
+        reader = make(prefetch_bytes=2 * LARGE)
+        for key, data in chunks.items():
+            reader.prefetch(key, len(data))
+            assert reader._arrivals.expected_bytes <= 2 * LARGE
+        time.sleep(0.2)
+        assert len(s3_server.requests) == 2
+        for key, data in chunks.items():
+            reader.open(key, len(data)).verify()
+        assert len(s3_server.requests) == len(chunks)  # none was fetched in vain
+        assert reader._arrivals.expected_bytes == 0
+
+    def test_a_silent_server_ends_at_the_deadline(self, tier, make, s3_server):
+        [(key, data)] = self.put_turn(tier, s3_server, 1).items()
+        reader = make(deadline_s=0.6)
+        s3_server.delay_s = 1.5
+        reader.prefetch(key, len(data))
+        time.sleep(0.4)
+        started = time.monotonic()
+        with pytest.raises(TierError, match="not done after"):
+            reader.open(key, len(data))
+        assert time.monotonic() - started < 0.5  # the deadline began with the request
+        s3_server.delay_s = 0.0
+        reader.open(key, len(data)).verify()
+        time.sleep(1.2)  # let the server finish what it was asked
+
+    def test_denied_is_told_when_it_is_opened(self, tier, make, s3_server):
+        [(key, data)] = self.put_turn(tier, s3_server, 1).items()
+        reader = make()
+        s3_server.refuse = frozenset({"GET"})
+        reader.prefetch(key, len(data))
+        with pytest.raises(TierError, match="credentials"):
+            reader.open(key, len(data))
+
+
+def open_and_verify(tier, key):
+    tier.open(key).verify()
+
+
+def wait_until(is_true, limit_s=5.0):
+    ends_at = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < ends_at
+        time.sleep(0.005)
 
 
 def range_length(asked):

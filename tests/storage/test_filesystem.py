@@ -12,9 +12,11 @@ import pytest
 
 import storage.filesystem
 from storage.bucket import ObjectTier
-from storage.contract import PersistentTierContract, same_bytes, sample_chunk
+from storage.contract import OpenerContract, PersistentTierContract, same_bytes, sample_chunk
+from storage.files import FileReader
 from storage.filesystem import FileTier, open_reader, open_tier
 from storage.format import read_chunk
+from storage.header import CorruptChunk
 from storage.tier import ChunkMissing, TierError, TierFull
 
 BUDGET = 256 * 1024
@@ -119,7 +121,7 @@ class TestFileTier(PersistentTierContract):
         with pytest.raises(ValueError, match="chunk key"):
             tier.open(key)
 
-    def test_a_mapped_file_outlives_delete_and_the_tier(self, tier):
+    def test_an_open_chunk_outlives_delete_and_the_tier(self, tier):
         key, data = sample_chunk(5, 20_000)
         tier.put(key, data)
         reader, whole = tier.open(key), tier.read(key)
@@ -132,14 +134,26 @@ class TestFileTier(PersistentTierContract):
         assert np.array_equal(k, expected_k)
         assert np.array_equal(v, expected_v)
 
-    def test_reading_keeps_no_file_open(self, tier):
+    def test_closed_readers_keep_no_file_open(self, tier):
         chunks = dict(sample_chunk(seed, 8000) for seed in range(0, 100, 10))
         for key, data in chunks.items():
             tier.put(key, data)
         before = len(os.listdir("/proc/self/fd"))
         kept = [tier.open(key) for key in chunks]
+        whole = [tier.read(key) for key in chunks]
+        for reader in kept:
+            reader.close()
         assert len(os.listdir("/proc/self/fd")) == before
-        assert len(kept) == 10
+        assert len(whole) == 10
+
+    def test_a_chunk_that_does_not_open_keeps_no_file_open(self, tier):
+        key, data = sample_chunk(0, 8000)
+        tier.put(key, data[:-1])
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(CorruptChunk) as caught:
+            tier.open(key)
+        assert len(os.listdir("/proc/self/fd")) == before
+        del caught
 
     def test_ignores_what_is_not_a_chunk(self, tier, tmp_path, reopen):
         key, data = sample_chunk(6, 20_000)
@@ -177,6 +191,50 @@ class TestFileTier(PersistentTierContract):
         monkeypatch.setattr(storage.filesystem.Path, "mkdir", failing(error))
         with pytest.raises(TierError, match="write access"):
             FileTier(tmp_path / "ssd", BUDGET)
+
+
+class TestFileReader(OpenerContract):
+    @pytest.fixture
+    def tier(self, tmp_path):
+        tier = FileTier(tmp_path / "ssd", 10 << 20)
+        yield tier
+        tier.close()
+
+    @pytest.fixture
+    def opener(self, tier, tmp_path):
+        return FileReader(tmp_path / "ssd")
+
+    def test_a_reader_holds_its_file_and_close_lets_go(self, tier, opener):
+        key, data = sample_chunk(1, 200_000)
+        tier.put(key, data)
+        before = len(os.listdir("/proc/self/fd"))
+        reader = opener.open(key)
+        tier.delete(key)
+        reader.verify()
+        reader.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_a_read_error_is_a_tier_error_and_not_a_signal(self, tier, opener, monkeypatch):
+        key, data = sample_chunk(2, 200_000)
+        tier.put(key, data)
+        reader = opener.open(key)
+        monkeypatch.setattr(os, "preadv", failing(OSError(errno.EIO, "input/output error")))
+        with pytest.raises(TierError, match="rror"):
+            reader.layer(1)
+        with pytest.raises(TierError):
+            opener.open(key)
+        with pytest.raises(TierError):
+            tier.read(key)
+        reader.close()
+
+    def test_a_file_cut_short_while_it_is_read_is_corrupt(self, tier, opener, tmp_path):
+        key, data = sample_chunk(3, 200_000)
+        tier.put(key, data)
+        reader = opener.open(key)
+        os.truncate(tmp_path / "ssd" / key[:2] / f"{key}.arrow", 100_000)
+        with pytest.raises(CorruptChunk):
+            reader.layer(2)
+        reader.close()
 
 
 class TestDeadAndLivingWriters:

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import ray
+
+import actors.sources
+from actors.sources import restore_sources
+from policies import messages as m
+from storage.contract import sample_chunk
+from storage.format import read_chunk
+
+
+class FakeOpener:
+    """Notes what it is asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def open(self, key, num_bytes=None):
+        self.calls.append(("open", key, num_bytes))
+        return read_chunk(sample_chunk(1, 0)[1])
+
+    def prefetch(self, key, num_bytes):
+        self.calls.append(("prefetch", key, num_bytes))
+
+    def forget(self, key):
+        self.calls.append(("forget", key))
+
+
+def step(tier, key="k", start=0, num_bytes=1000):
+    return m.RestoreStep(chunk=key, start=start, num_tokens=4, num_bytes=num_bytes, tier=tier, node_id="n")
+
+
+@pytest.mark.parametrize("tier", [m.Tier.SSD, m.Tier.OBJECT])
+def test_below_dram_the_reader_is_told_the_size(tier):
+    opener = FakeOpener()
+    [source] = restore_sources([step(tier, start=8)], [None], {tier: opener}, 1.0)
+    assert (source.key, source.start, source.num_tokens, source.num_bytes) == ("k", 8, 4, 1000)
+    assert source.place == tier
+    assert source.buffered == (tier == m.Tier.OBJECT)
+    source.prefetch()
+    source.open()
+    assert opener.calls == [("prefetch", "k", 1000), ("open", "k", 1000)]
+
+
+def test_forgets_only_what_it_prefetched_and_did_not_open():
+    opener = FakeOpener()
+    opened, prefetched, neither = restore_sources(
+        [step(m.Tier.OBJECT, key) for key in "abc"], [None] * 3, {m.Tier.OBJECT: opener}, 1.0
+    )
+    opened.prefetch()
+    opened.open()
+    prefetched.prefetch()
+    prefetched.prefetch()
+    opener.calls.clear()
+    for source in (opened, prefetched, neither):
+        source.forget()
+        source.forget()
+    assert opener.calls == [("forget", "b")]
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestInDram:
+    def test_all_objects_of_a_turn_are_asked_for_together(self, monkeypatch):
+        chunks = [sample_chunk(seed, 20_000) for seed in range(3)]
+        refs = [ray.put(data) for _, data in chunks]
+        steps = [step(m.Tier.DRAM, key) for key, _ in chunks]
+        asked = []
+
+        monkeypatch.setattr(actors.sources.ray, "wait", recorded(ray.wait, asked))
+        sources = restore_sources(steps, refs, {}, 1.0)
+        assert asked == []
+        for source in sources:
+            source.prefetch()
+        [(wanted, options)] = asked
+        assert wanted == refs
+        assert options == {"num_returns": 3, "timeout": 0, "fetch_local": True}
+        for source, (key, data) in zip(sources, chunks):
+            reader = source.open()
+            assert reader.header.key == key
+            assert np.array_equal(reader.layer(1)[0], read_chunk(data).layer(1)[0])
+
+    def test_an_object_that_does_not_come_ends_at_the_deadline(self):
+        @ray.remote(num_cpus=0)
+        def late():
+            import time
+
+            time.sleep(3.0)
+
+        ref = late.remote()
+        [source] = restore_sources([step(m.Tier.DRAM)], [ref], {}, 0.2)
+        source.prefetch()  # does not wait
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            source.open()
+        ray.cancel(ref, force=True)
+
+    def test_an_object_that_is_gone_is_told_when_it_is_opened(self):
+        key, data = sample_chunk(1, 20_000)
+        present, gone = restore_sources([step(m.Tier.DRAM), step(m.Tier.DRAM)], [ray.put(data), None], {}, 1.0)
+        gone.prefetch()
+        assert present.open().header.key == key
+        with pytest.raises(ValueError, match="object refs"):
+            gone.open()
+
+
+def recorded(function, calls):
+    def call(*args, **options):
+        calls.append((*args, options))
+        return function(*args, **options)
+
+    return call
