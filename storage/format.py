@@ -39,6 +39,7 @@ from storage.header import (
     header_to_json,
 )
 from storage.layout import KV, Layout, blank_index, layer_arrays, layer_frames, total_bytes
+from storage.recycle import Recycler
 
 __all__ = [
     "LAYOUT",
@@ -58,6 +59,8 @@ __all__ = [
 FIRST_READ_BYTES = 64 * 1024
 """How much of a source is read to get the head; a longer head costs a second read."""
 
+_memory = Recycler(limit_bytes=64 << 20)
+
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -74,7 +77,7 @@ def encode(header: ChunkHeader, layers: Sequence[KV]) -> Bytes:
     bit patterns). The layers need not be contiguous.
     """
     layout = Layout.of(header)
-    out = np.empty(layout.num_bytes, dtype=np.uint8)
+    out = _memory.take(layout.num_bytes)
     views = layout.layer_views(out)
     _check_layers(views, layers)
     checksums = []

@@ -177,7 +177,11 @@ class BlockTable:
 
 
 class KVPool:
-    """K (rotated, paired) and V of every layer as [num_blocks, B, H, D]."""
+    """K (rotated, paired) and V of every layer.
+
+    In memory [H, rows, D]: the tokens of one head lie side by side, as attention reads them and chunks store them; a
+    decode step reads its history a third faster than from [rows, H, D]. What is handed out has the tokens first.
+    """
 
     def __init__(
         self,
@@ -187,23 +191,35 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def tensors(dims: Iterable[tuple[int, int]]) -> list[Tensor]:
-            return [torch.zeros(num_blocks, block_tokens, h, d, dtype=dtype, device=device) for h, d in dims]
+        def rows(dims: Iterable[tuple[int, int]]) -> list[Tensor]:
+            size = num_blocks * block_tokens
+            return [torch.zeros(h, size, d, dtype=dtype, device=device).transpose(0, 1) for h, d in dims]
 
         self.num_blocks, self.block_tokens, self.device = num_blocks, block_tokens, device
-        self.keys = tensors((shape.num_kv_heads, shape.k_dim) for shape in layers)
-        self.values = tensors((shape.num_kv_heads, shape.v_dim) for shape in layers)
-        self._key_rows = [t.flatten(0, 1) for t in self.keys]
-        self._value_rows = [t.flatten(0, 1) for t in self.values]
+        self._key_rows = rows((shape.num_kv_heads, shape.k_dim) for shape in layers)
+        self._value_rows = rows((shape.num_kv_heads, shape.v_dim) for shape in layers)
+        self.keys = [t.unflatten(0, (num_blocks, block_tokens)) for t in self._key_rows]
+        """Per layer, [num_blocks, B, H, D]."""
+        self.values = [t.unflatten(0, (num_blocks, block_tokens)) for t in self._value_rows]
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Rotated keys and values [T, H, D] to `rows` [T] (distinct, on the pool's device)."""
         self._key_rows[layer].index_copy_(0, rows, keys)
         self._value_rows[layer].index_copy_(0, rows, values)
 
+    def slice(self, layer: int, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """K and V of neighbouring rows, as views [num_rows, H, D] to read or write."""
+        end = first_row + num_rows
+        return self._key_rows[layer][first_row:end], self._value_rows[layer][first_row:end]
+
     def read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of K and V [T, H, D] at `rows` [T] (on the pool's device)."""
-        return self._key_rows[layer].index_select(0, rows), self._value_rows[layer].index_select(0, rows)
+        return _select(self._key_rows[layer], rows), _select(self._value_rows[layer], rows)
 
     def read_values(self, layer: int, rows: Tensor) -> Tensor:
-        return self._value_rows[layer].index_select(0, rows)
+        """A copy of V [T, H, D] at `rows`, in memory [H, T, D]."""
+        return _select(self._value_rows[layer], rows)
+
+
+def _select(tokens_first: Tensor, rows: Tensor) -> Tensor:
+    return tokens_first.transpose(0, 1).index_select(1, rows).transpose(0, 1)

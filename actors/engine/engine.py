@@ -34,6 +34,7 @@ from actors.engine.runner import Batch, BatchPart, ModelRunner, build_batch
 from actors.engine.sampling import LogitsError, sample
 from actors.engine.save import ReadyChunks, Saver, WriteBuffer
 from actors.engine.sequence import Sequence, SequenceState
+from actors.engine.transfer import KVMemory, transfer_for
 from actors.engine.turns import (
     EngineConfig,
     FailedRestore,
@@ -99,7 +100,14 @@ class Engine:
         self._pool = KVPool(loaded.layers, config.num_blocks, config.block_tokens, *where)
         self._buffer = WriteBuffer(loaded.layers, config.write_buffer_chunks, config.chunk_tokens, *where)
         self._ready = ReadyChunks(config.max_ready_chunks)
-        saver = Saver(self._pool, self._buffer, self._ready, loaded.layers, loaded.dtype, self._mailbox.wake)
+        transfer = transfer_for(
+            KVMemory(self._pool, self._buffer, loaded.rotations),
+            loaded.layers,
+            config.chunk_tokens,
+            num_buffers=config.staging_buffers,
+            max_positions=self._limits.max_turn_tokens,
+        )
+        saver = Saver(transfer, self._ready, loaded.layers, loaded.dtype, self._mailbox.wake)
         self._saver = saver
         self._kept: KeptChunks | None = None
         if config.keep_finished:
@@ -107,9 +115,7 @@ class Engine:
         self._capture = Capture(self._blocks, self._buffer, saver, self._ready, self._kept)
         self._rates = LoadRates()
         self._loader = Loader(
-            self._pool,
-            self._buffer,
-            loaded.rotations,
+            transfer,
             loaded.layers,
             loaded.torch_dtype,
             self._rates,
@@ -404,6 +410,8 @@ class Engine:
             "step_s": self.meter.step_s,
             "prefill_tokens": self.meter.num_prefill_tokens,
             "decode_tokens": self.meter.num_decode_tokens,
+            "prefill_s": self.meter.prefill_s,
+            "decode_s": self.meter.decode_s,
             "prefill_tokens_per_s": self.meter.prefill_tokens_per_s,
             "decode_tokens_per_s": self.meter.decode_tokens_per_s,
             "turns_queued": states.count(SequenceState.QUEUED) + self._mailbox.num_waiting,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from actors.engine.overlap import LoadOrder
 from actors.engine.sequence import Piece
+from actors.engine.transfer import Fence
 from actors.engine.turns import FailedRestore
 from storage.format import CorruptChunk
 
@@ -74,6 +75,9 @@ class Load:
         """Layers of the claimed tokens that are in place."""
         self.result: Restored | None = None
         self.is_abandoned = False
+        self.fences: list[Fence] = []
+        """By layer (LAYERS) or chunk (TAIL), there before what it is behind counts as in place. The last one is behind
+        everything that was written."""
         self._islands: list[tuple[int, int]] = []
         self._end = job.end  # of what lies before the islands
         self._wake = wake

@@ -6,12 +6,17 @@ _SMOOTHING = 0.1  # weight of the newest step
 
 
 class Meter:
-    """Counts since the start, and rates as moving averages. A step counts for what most of its tokens were."""
+    """Counts and seconds since the start, and rates as moving averages.
+
+    A rate takes a step for what most of its tokens were; seconds are shared out by the tokens of either kind.
+    """
 
     def __init__(self) -> None:
         self.num_steps = 0
         self.num_prefill_tokens = 0
         self.num_decode_tokens = 0
+        self.prefill_s = 0.0
+        self.decode_s = 0.0
         self.prefill_tokens_per_s = 0.0
         self.decode_tokens_per_s = 0.0
         self.step_s = 0.0
@@ -27,6 +32,9 @@ class Meter:
         self.num_decode_tokens += num_decode_tokens
         duration_s = max(duration_s, 1e-9)
         self.step_s = _smooth(self.step_s, duration_s)
+        prefill_s = duration_s * num_prefill_tokens / max(1, num_prefill_tokens + num_decode_tokens)
+        self.prefill_s += prefill_s
+        self.decode_s += duration_s - prefill_s
         if num_prefill_tokens > num_decode_tokens:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, num_prefill_tokens / duration_s)
         else:

@@ -23,12 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.engine.blocks import KVPool
 from actors.engine.load import Load, LoadRates, RestoreJob, restored
 from actors.engine.overlap import LoadOrder
-from actors.engine.rope import Rotation
-from actors.engine.save import WriteBuffer
 from actors.engine.sequence import Piece
+from actors.engine.transfer import Fence, TokenRows, Transfer
 from storage.format import ChunkHeader, ChunkReader, CorruptChunk, LayerShape
 
 log = logging.getLogger(__name__)
@@ -42,9 +40,7 @@ class Loader:
 
     def __init__(
         self,
-        pool: KVPool,
-        buffer: WriteBuffer,
-        rotations: Sequence[Rotation | None],
+        transfer: Transfer,
         layers: tuple[LayerShape, ...],
         dtype: torch.dtype,
         rates: LoadRates,
@@ -53,7 +49,7 @@ class Loader:
         num_threads: int,
         read_ahead: int,
     ) -> None:
-        self._pool, self._buffer, self._rotations = pool, buffer, rotations
+        self._transfer = transfer
         self._layers, self._dtype = layers, dtype
         self._rates, self._wake, self._read_ahead = rates, wake, read_ahead
         self._executor = ThreadPoolExecutor(
@@ -62,9 +58,10 @@ class Loader:
         self._running: list[tuple[Load, Future[None]]] = []
 
     def submit(self, job: RestoreJob) -> Load:
-        """Starts a restore. Its blocks and its slot are held until `settled` names it."""
+        """Starts a restore. Its blocks and its slot are held until `settled` names it; what the model has queued until
+        now may still use them."""
         load = Load(job, len(self._layers), self._wake)
-        future = self._executor.submit(self._restore, load)
+        future = self._executor.submit(self._restore, load, self._transfer.computed())
         self._running.append((load, future))
         future.add_done_callback(lambda _: self._wake())
         return load
@@ -80,9 +77,10 @@ class Loader:
             load.abandon()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _restore(self, load: Load) -> None:
+    def _restore(self, load: Load, handed_out: Fence) -> None:
         job = load.job
         try:
+            self._transfer.begin_load(handed_out)
             with torch.inference_mode():
                 if job.order is LoadOrder.LAYERS:
                     self._load_layers(load)
@@ -90,10 +88,12 @@ class Loader:
                     self._load_tail(load)
         except Exception as error:  # a fault of this file: nothing counts as loaded
             log.exception("turn %s: its restore failed", job.turn_id)
+            load.fences.append(self._transfer.written())
             load.finish(restored(job, (), dict.fromkeys(range(len(job.pieces)), error)))
         for piece in job.pieces:
             if piece.source.forget is not None:
                 piece.source.forget()
+        self._transfer.written().wait()  # so long are its blocks in use
 
     # --- layer by layer -----------------------------------------------------------------------------------------------
 
@@ -106,9 +106,10 @@ class Loader:
             readers = self._open_leading(load, stack, failures)
             num_good = len(readers)
             if num_good and load.claim(job.start) is not None:
-                rows = job.rows.to(self._pool.device)
+                places = [self._locate(job, i, job.pieces[i].start) for i in range(num_good)]
                 for layer in range(len(self._layers)):
-                    num_good = self._load_layer(load, layer, readers[:num_good], rows, failures)
+                    num_good = self._load_layer(load, layer, readers[:num_good], places, failures)
+                    load.fences.append(self._transfer.written())
                     if not num_good or load.is_abandoned:
                         break
                     if layer + 1 < len(self._layers):
@@ -134,14 +135,14 @@ class Loader:
         load: Load,
         layer: int,
         readers: Sequence[ChunkReader],
-        rows: Tensor,
+        places: Sequence[TokenRows],
         failures: dict[int, Exception],
     ) -> int:
         """Writes one layer of every chunk; how many were good. Why the next one was not goes to `failures`."""
         for i, reader in enumerate(readers):
             if load.is_abandoned:
                 return 0
-            if not self._write(load.job, i, layer, reader, rows, load.job.pieces[i].start, failures):
+            if not self._write(load.job, i, layer, reader, places[i], failures):
                 return i
         return len(readers)
 
@@ -158,26 +159,29 @@ class Loader:
                 num_asked += 1
             if load.is_abandoned or load.is_met:
                 break
-            marks += self._load_piece(load, i, failures)
-            if i in failures:
+            brought = self._load_piece(load, i, failures)
+            load.fences.append(self._transfer.written())
+            if brought is not None:
+                marks += brought
+                load.piece_done()
+            elif i in failures:
                 load.skip_piece(job.pieces[i].start)
         load.finish(restored(job, load.spans(), failures, marks))
 
-    def _load_piece(self, load: Load, i: int, failures: dict[int, Exception]) -> tuple[tuple[int, str], ...]:
-        """One chunk, or what of it nobody has computed in the meantime. Its marks; none if it did not come."""
+    def _load_piece(self, load: Load, i: int, failures: dict[int, Exception]) -> tuple[tuple[int, str], ...] | None:
+        """One chunk, or what of it nobody has computed in the meantime. Its marks; None if it did not come."""
         job = load.job
         began = time.monotonic()
         with ExitStack() as stack:
             reader = self._open(job, i, stack, failures)
             start = load.claim(job.pieces[i].start) if reader is not None else None
             if reader is None or start is None:
-                return ()
-            rows = job.rows.to(self._pool.device)
+                return None
+            place = self._locate(job, i, start)
             for layer in range(len(self._layers)):
-                if load.is_abandoned or not self._write(job, i, layer, reader, rows, start, failures):
-                    return ()
+                if load.is_abandoned or not self._write(job, i, layer, reader, place, failures):
+                    return None
             self._rates.measured(job.pieces[i], time.monotonic() - began)
-            load.piece_done()
             return reader.header.marks
 
     # --- one chunk ----------------------------------------------------------------------------------------------------
@@ -195,17 +199,16 @@ class Loader:
             return None
         return reader
 
+    def _locate(self, job: RestoreJob, i: int, start: int) -> TokenRows:
+        """Where the tokens from `start` on of a piece go."""
+        piece = job.pieces[i]
+        slot = job.tail_slot if i == len(job.pieces) - 1 else None
+        return self._transfer.locate(job.rows[start : piece.end], start, slot, start - piece.start)
+
     def _write(
-        self,
-        job: RestoreJob,
-        i: int,
-        layer: int,
-        reader: ChunkReader,
-        rows: Tensor,
-        start: int,
-        failures: dict[int, Exception],
+        self, job: RestoreJob, i: int, layer: int, reader: ChunkReader, at: TokenRows, failures: dict[int, Exception]
     ) -> bool:
-        """The tokens from `start` on, of one layer of one chunk. False, with the reason in `failures`, if it is bad."""
+        """These tokens of one layer of one chunk. False, with the reason in `failures`, if it is bad."""
         piece = job.pieces[i]
         try:
             keys, values = reader.layer(layer)
@@ -213,18 +216,9 @@ class Loader:
             log.warning("turn %s: cannot read chunk %s", job.turn_id, piece.source.key, exc_info=True)
             failures[i] = error  # as above: reading a layer goes to the source
             return False
-        skipped = start - piece.start
-        raw_keys, plain_values = (
-            self._to_tensor(array)[:, skipped : len(piece.token_ids)].to(self._pool.device).transpose(0, 1)
-            for array in (keys, values)
-        )
-        rotation = self._rotations[layer]
-        turned = raw_keys
-        if rotation is not None:
-            turned = rotation.rotate(raw_keys, rotation.table.upto(piece.end)[start : piece.end])
-        self._pool.write(layer, rows[start : piece.end], turned, plain_values)
-        if job.tail_slot is not None and i == len(job.pieces) - 1:
-            self._buffer.put(layer, job.tail_slot, raw_keys, skipped)
+        wanted = slice(at.start - piece.start, at.end - piece.start)
+        raw_keys, plain_values = (self._to_tensor(array)[:, wanted].transpose(0, 1) for array in (keys, values))
+        self._transfer.write(layer, at, raw_keys, plain_values)
         return True
 
     def _to_tensor(self, array: npt.NDArray[Any]) -> Tensor:

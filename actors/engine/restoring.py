@@ -43,6 +43,8 @@ class Gate:
             began = time.monotonic()
             self.is_open = self._load.wait_layer(layer, self._patience_s - self.stalled_s)
             self.stalled_s += time.monotonic() - began
+        if self.is_open:
+            self._load.fences[layer].hold()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ class Restoring:
         """The turn goes on with what its load brought."""
         load = self._running.pop(sequence.turn_id).load
         load.abandon()
+        for fence in load.fences[-1:]:
+            fence.hold()
         result = load.result or Restored(spans=load.spans(), failed=(), marks=(), finished_at=time.monotonic())
         failed_at = {failed.key for failed in result.failed}
         for piece in load.job.pieces:

@@ -143,7 +143,7 @@ class Rotation:
         if self._order is None:
             return x
         if self.layout.kind == "half" and self.layout.rotary_dim == self.layout.head_dim:
-            return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+            return x.view(*x.shape[:-1], 2, -1).transpose(-1, -2).reshape(x.shape)
         return x.index_select(-1, self._order)
 
     def phases(self, positions: Tensor, num_positions: int) -> Tensor:
@@ -151,35 +151,68 @@ class Rotation:
         return self.table.upto(num_positions).index_select(0, positions)
 
     def rotate(self, x: Tensor, phases: Tensor) -> Tensor:
-        """Paired x [T, H, D] by phases [T, d/2]: a new tensor of x's type; the arithmetic is float32.
+        """Paired x [T, H, D] by phases [T, d/2]: a new tensor of x's type."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.rotate_into(out, x, phases)
+        return out
 
-        The result of one element does not depend on the shape it was computed in or on the number of threads: a key
-        that is loaded and rotated has the same bits as one that was rotated when it was computed.
+    def rotate_into(self, out: Tensor, x: Tensor, phases: Tensor) -> None:
+        """Like `rotate`, into `out` [T, H, D]: of x's type, any strides (a slice of the pool), apart from x in memory.
+
+        The arithmetic is float32. The result of one element does not depend on the shape or strides it was computed
+        with or on the number of threads: a key that is loaded and rotated has the same bits as one that was rotated
+        when it was computed.
         """
         d = self.layout.rotary_dim
-        turned = x[..., :d].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        _multiply_pairs(turned, phases)
         if d == self.layout.head_dim:
-            return turned.to(x.dtype)
-        return torch.cat((turned.to(x.dtype), x[..., d:]), dim=-1)
+            _rotate_pairs(out, x, phases)
+        else:
+            _rotate_pairs(out[..., :d], x[..., :d], phases)
+            out[..., d:].copy_(x[..., d:])
 
 
-def _multiply_pairs(x: Tensor, phases: Tensor) -> None:
-    """In place: float32 x [T, H, d], contiguous and paired, by complex64 phases [T, d/2].
+def _rotate_pairs(out: Tensor, x: Tensor, phases: Tensor) -> None:
+    """Paired x [T, H, d] by complex64 phases [T, d/2] into `out`, a few rows at a time on a CPU.
 
     torch's complex multiply rounds differently (fused or not) in vector registers and in the scalar rest of a loop, and
     where the rest falls depends on how threads split the work. On a CPU it is therefore given whole rows of whole
-    registers, few enough to stay on one thread; rows that do not fill registers take real arithmetic.
+    registers, few enough to stay on one thread; rows that do not fill registers take real arithmetic. Few rows also
+    stay in the cache where 16-bit floats take a detour through float32.
     """
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    factors = phases[:, None]
-    if x.device.type != "cpu":
-        pairs.mul_(factors)
-    elif phases.shape[-1] % _SIMD_LANES:
-        real, imag = x[..., 0::2].clone(), x[..., 1::2].clone()
-        x[..., 0::2] = real * factors.real - imag * factors.imag
-        x[..., 1::2] = real * factors.imag + imag * factors.real
+    factors = phases.unsqueeze(1)
+    on_cpu = x.device.type == "cpu"
+    multiply = _multiply_real if on_cpu and phases.shape[-1] % _SIMD_LANES else _multiply
+    rows = max(1, (_PARALLEL_FROM - 1) // (x.shape[1] * phases.shape[-1]))
+    if not on_cpu or x.shape[0] <= rows:
+        multiply(out, x, factors)
+        return
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        multiply(out[part], x[part], factors[part])
+
+
+def _multiply(out: Tensor, x: Tensor, factors: Tensor) -> None:
+    """x [T, H, d] by complex64 factors [T, 1, d/2], by torch's complex multiply."""
+    if _has_complex_view(x) and _has_complex_view(out):
+        torch.mul(_as_complex(x), factors, out=_as_complex(out))
     else:
-        rows = max(1, (_PARALLEL_FROM - 1) // (pairs.shape[1] * pairs.shape[2]))
-        for start in range(0, x.shape[0], rows):
-            pairs[start : start + rows].mul_(factors[start : start + rows])
+        turned = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        _as_complex(turned).mul_(factors)
+        out.copy_(turned)
+
+
+def _multiply_real(out: Tensor, x: Tensor, factors: Tensor) -> None:
+    """The same by products and sums of float32, which round alike everywhere."""
+    real, imag = x[..., 0::2].float(), x[..., 1::2].float()
+    out[..., 0::2] = real * factors.real - imag * factors.imag
+    out[..., 1::2] = real * factors.imag + imag * factors.real
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+def _has_complex_view(x: Tensor) -> bool:
+    if x.dtype != torch.float32 or x.storage_offset() % 2:
+        return False
+    return x.is_contiguous() or (x.stride(-1) == 1 and all(stride % 2 == 0 for stride in x.stride()[:-1]))

@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from actors.engine.blocks import KVPool
 from actors.engine.sequence import ChunkSpan
+from actors.engine.transfer import Fence, Transfer
 from actors.engine.turns import ReadyChunk
 from storage.format import ChunkHeader, LayerShape, encode, encoded_size
 
@@ -180,14 +179,13 @@ class Saver:
 
     def __init__(
         self,
-        pool: KVPool,
-        buffer: WriteBuffer,
+        transfer: Transfer,
         ready: ReadyChunks,
         layers: tuple[LayerShape, ...],
         dtype_name: str,
         wake: Callable[[], None],
     ) -> None:
-        self._pool, self._buffer, self._ready = pool, buffer, ready
+        self._transfer, self._ready = transfer, ready
         self._layers, self._dtype_name, self._wake = layers, dtype_name, wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._running: list[tuple[SaveJob, Future[Bytes]]] = []
@@ -204,7 +202,7 @@ class Saver:
             dtype=self._dtype_name,
             layers=self._layers,
         )
-        future = self._executor.submit(self._encode, job, header)
+        future = self._executor.submit(self._save, job, header, self._transfer.computed())
         self._ready.announce(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=encoded_size(header)), future)
         self._running.append((job, future))
         future.add_done_callback(lambda _: self._wake())
@@ -227,21 +225,10 @@ class Saver:
     def close(self) -> None:
         self._executor.shutdown(wait=True)
 
+    def _save(self, job: SaveJob, header: ChunkHeader, computed: Fence) -> Bytes:
+        self._transfer.begin_save(computed)
+        return self._encode(job, header)
+
     def _encode(self, job: SaveJob, header: ChunkHeader) -> Bytes:
         with torch.inference_mode():
-            rows = job.rows.to(self._pool.device)
-            arrays = [self._layer_arrays(layer, job, rows) for layer in range(len(self._layers))]
-        return encode(header, arrays)
-
-    def _layer_arrays(self, layer: int, job: SaveJob, rows: Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        keys = self._buffer.get(layer, job.slot, len(job.span.token_ids))
-        values = self._pool.read_values(layer, rows)
-        return _to_numpy(keys.transpose(0, 1)), _to_numpy(values.transpose(0, 1))
-
-
-def _to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    """As numpy on the CPU (a view where it is there already); 16-bit floats as uint16 bit patterns."""
-    tensor = tensor.cpu()
-    if tensor.dtype == torch.float32:
-        return tensor.numpy()
-    return tensor.view(torch.int16).numpy().view(np.uint16)
+            return encode(header, self._transfer.read(self._transfer.locate(job.rows, job.span.start, job.slot)))

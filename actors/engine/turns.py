@@ -59,6 +59,8 @@ class EngineConfig:
     """Threads that restore chunks, one restore on each."""
     read_ahead_chunks: int = 8
     """Chunks whose bytes one restore has asked for beyond the one it writes."""
+    staging_buffers: int = 16
+    """On a GPU: pinned buffers, of one layer of one chunk each, through which loads go; more hide more unevenness."""
     load_deadline_s: float = 30.0
     """A restore that is not over after this time is given up; what it did not bring is computed."""
     num_threads: int | None = None
@@ -73,6 +75,7 @@ class EngineConfig:
             "max_running_turns",
             "num_loaders",
             "read_ahead_chunks",
+            "staging_buffers",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -91,6 +91,25 @@ class AttentionContract:
             got = out[span.start : span.end].cpu().double()
             torch.testing.assert_close(got, expected, atol=self.tolerance, rtol=self.tolerance)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_backend_serves_step_after_step(self, backend: AttentionBackend, dtype: torch.dtype) -> None:
+        """Nothing that is remembered from one step, layer or window reaches another."""
+        torch.manual_seed(1)
+        for num_kv, blocks in ((6, [0, 1]), (9, [2, 0, 1]), (12, [2, 0, 1]), (3, [1])):
+            table = BlockTable(BLOCK)
+            table.append(blocks)
+            spans = [Span(0, 3, num_kv, table)]
+            for window in (None, 4, None):
+                args = AttentionArgs(scaling=SCALE, sliding_window=window)
+                q, keys, values = (torch.randn(*shape, device=self.device, dtype=dtype) for shape in
+                                   ((3, 4, 8), (3, BLOCK, 2, 8), (3, BLOCK, 2, 8)))  # fmt: skip
+                got = backend.attend(q, keys, values, spans, args).cpu().double()
+                rows = table.rows(0, num_kv)
+                k, v = keys.cpu().flatten(0, 1)[rows], values.cpu().flatten(0, 1)[rows]
+                tolerance = self.tolerance if dtype == torch.float32 else 3e-2
+                expected = _reference(q.cpu(), k, v, args)
+                torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
     def test_rows_outside_a_span_do_not_matter(self, backend: AttentionBackend) -> None:
         """Pages hold what earlier turns left behind, even infinities."""
         keys = torch.full((3, BLOCK, 2, 8), float("inf"), device=self.device)
@@ -108,6 +127,13 @@ class AttentionContract:
 class TestSdpaAttention(AttentionContract):
     @pytest.fixture
     def backend(self) -> AttentionBackend:
+        return SdpaAttention()
+
+
+class TestSdpaAttentionInSmallTiles(AttentionContract):
+    @pytest.fixture
+    def backend(self, monkeypatch: pytest.MonkeyPatch) -> AttentionBackend:
+        monkeypatch.setattr("actors.engine.attention._TILE_QUERIES", 2)
         return SdpaAttention()
 
 

@@ -93,3 +93,7 @@ def test_the_pool_gives_back_what_was_written() -> None:
     assert torch.equal(pool.read(1, rows)[1], values)
     assert torch.equal(pool.keys[1][2, 1], keys[0])  # row 9 is token 1 of block 2
     assert float(pool.keys[0].abs().sum()) == 0
+    values_at_9 = pool.slice(1, 9, 1)[1]
+    assert torch.equal(values_at_9[0], values[0])
+    values_at_9 += 1
+    assert torch.equal(pool.read_values(1, rows[:1])[0], values[0] + 1)

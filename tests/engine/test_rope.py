@@ -92,6 +92,31 @@ def test_bits_do_not_depend_on_shape_or_threads(d: int, heads: int, dtype: torch
     head_major = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(whole, torch.cat(pieces))
     assert torch.equal(whole, rotation.rotate(head_major, phases))
+    for source in (x, head_major):
+        pool = torch.zeros(heads, 2000, d, dtype=dtype).transpose(0, 1)
+        rotation.rotate_into(pool[300:1801], source, phases)
+        assert torch.equal(whole, pool[300:1801])
+        assert not pool[:300].any()
+        assert not pool[1801:].any()
+
+
+@pytest.mark.parametrize(("kind", "place", "d", "head_dim"), [
+    ("half", "leading", 16, 21),
+    ("interleaved", "leading", 6, 7),
+    ("half", "trailing", 16, 24),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotating_into_a_slice_copies_the_rest(
+    kind: str, place: str, d: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    rotation = _rotation(kind, place, d, head_dim)
+    x = torch.randn(5, 2, head_dim).to(dtype)
+    phases = rotation.phases(torch.arange(5), 5)
+    pool = torch.zeros(2, 9, head_dim, dtype=dtype).transpose(0, 1)
+    rotation.rotate_into(pool[3:8], x, phases)
+    assert torch.equal(pool[3:8], rotation.rotate(x, phases))
+    assert torch.equal(pool[3:8, :, d:], x[..., d:])
+    assert not pool[:3].any()
 
 
 def test_rotating_leaves_the_raw_keys_alone() -> None:
