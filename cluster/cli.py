@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster.bench import command as bench
+
 LOG_LINE_S = 10.0
 
 BATCH_EXAMPLES = """examples:
@@ -49,14 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from cluster.results import OutputError
 
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (InputError, OutputError, ConfigError, ModelError) as error:
         return _fail(str(error), 2)
     except BringUpError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted; finished turns are kept, go on with --resume", 130)
-    return 0
 
 
 def _fail(message: str, code: int) -> int:
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_batch(commands)
     _add_model(commands)
     _add_config(commands)
+    bench.add_to(commands)
     return parser
 
 
