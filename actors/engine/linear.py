@@ -1,7 +1,8 @@
 """Matrix products with few rows, as decode steps of several turns have them: turned around where that is faster.
 
-With MKL on a CPU in float32, x Wᵀ with 2 to 64 rows takes 1.2 to 2.5 times as long as (W xᵀ)ᵀ, the same numbers up to
-rounding: measured with 768 to 32,000 columns on an AMD EPYC, two threads; most with 2 to 16 rows. One row is a
+With MKL on a CPU, float32 and several threads, x Wᵀ with 2 to 64 rows takes 1.2 to 2.5 times as long as (W xᵀ)ᵀ, the
+same numbers up to rounding: measured with 768 to 32,000 columns on an AMD EPYC, two threads; most with 2 to 16 rows.
+MKL shares the usual form out badly among threads: on one thread there is little between the two. One row is a
 matrix-vector product either way, and from some hundred rows on the usual form wins. Small matrices gain less than the
 detour costs.
 """
@@ -21,7 +22,7 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         num_rows = x.numel() // self.in_features
-        if not 1 < num_rows <= _MAX_ROWS:
+        if not 1 < num_rows <= _MAX_ROWS or torch.get_num_threads() == 1:
             return F.linear(x, self.weight, self.bias)
         product = torch.mm(self.weight, x.reshape(num_rows, -1).t()).t().contiguous()
         if self.bias is not None:

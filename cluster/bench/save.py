@@ -41,11 +41,11 @@ Samples = dict[str, list[Sample]]
 
 LIMITS = (
     "A step with saving scatters the raw keys of each layer into the write buffer and finds their rows; values stay"
-    " where they are. That is below half a percent of the engine's thread here.",
+    " where they are.",
     "A full chunk is copied and checksummed by the saver's thread and copied once more by its export: on a GPU that is"
     " nobody's time, on a CPU the model's own cores do it.",
     "Where other work shares the cores, two equal turns differ by more than saving costs: see the fastest blocks, and"
-    " the CPU time of all threads, which the neighbours hardly change.",
+    " the CPU time of all threads, which neighbours change less.",
 )
 
 

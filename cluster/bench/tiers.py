@@ -38,7 +38,7 @@ DRAM_CASES = {
 SSD_CASES = {
     "ssd_write": ("raw_write", "write: temporary file, fsync, rename, fsync of the folder"),
     "ssd_write_4": ("raw_write_4", "the same by 4 threads (against raw by 4)"),
-    "ssd_read": ("raw_read", "read, in the page cache: map, verify, copy out"),
+    "ssd_read": ("raw_read", "read, in the page cache: verify, copy out"),
     "ssd_read_cold": ("raw_read_cold", "read, not in the page cache"),
 }
 
@@ -127,7 +127,8 @@ def _limits(samples: Samples, shares: dict[str, float], num_chunks: int) -> list
         f" two memcpys at once are {ms['memcpy'] / ms['memcpy_2']:.2f} times as fast as one.",
         "SSD write: a chunk is synced, renamed and its folder synced, the raw file only synced; several writers share"
         f" the device's syncs ({shares['ssd_write_4']:.2f} with 4 threads, which is what a node store has).",
-        "SSD read: mapped files skip the kernel's copy into a buffer: verifying and copying out keeps up with read().",
+        "SSD read: a layer is read into a small buffer, verified and copied out, each step while the next pages come"
+        " from the disk; the raw file is read in small pieces too, because one big read waits for all of its pages.",
         f"S3: a turn's requests are under way together; {DELAY_S * 1e3:.0f} ms is one round trip, the rest is moto.",
     ]
 

@@ -90,6 +90,11 @@ def undisturbed(
     return out, run_on(cluster, options_for(chats, out, compare=True), Listener())
 
 
+def num_found(row: dict[str, Any]) -> int:
+    """Tokens whose KV was there: reused, or (this model computes faster than files are read) computed meanwhile."""
+    return sum(row["reused_tokens"].values()) + row["recomputed_tokens"].get("computed_sooner", 0)
+
+
 def check_accounts(report: dict[str, Any]) -> None:
     assert report["turns"] == NUM_CONVERSATIONS * NUM_TURNS
     assert report["failed_turns"] == 0
@@ -105,7 +110,7 @@ def test_reuse_changes_no_answer_and_every_token_is_accounted_for(undisturbed: t
     check_accounts(report)
     assert report["answers_differing"] == 0
     assert report["hit_rate"] > 0.6
-    assert set(report["recomputed_tokens"]) <= {"never_stored", "last_token"}
+    assert set(report["recomputed_tokens"]) <= {"never_stored", "last_token", "computed_sooner"}
     assert all(len(ids) == ANSWER_TOKENS for ids in answers(out).values())
     rows = pq.read_table(out / "parquet").to_pylist()
     assert len(rows) == report["turns"]
@@ -126,7 +131,7 @@ def test_returning_turns_reuse_all_of_their_history(undisturbed: tuple[Path, dic
         if turn:
             before = rows[conversation, turn - 1]
             history = before["prompt_tokens"] + before["answer_tokens"] - 1  # the last token's KV was never computed
-            assert sum(row["reused_tokens"].values()) == history, (conversation, turn)
+            assert num_found(row) == history, (conversation, turn)
 
 
 def test_the_shared_system_prompt_is_hit_across_sessions(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -150,7 +155,7 @@ def test_little_dram_and_an_ssd_give_the_same_answers(
     check_accounts(again)
     assert answers(tmp_path / "again") == answers(undisturbed[0])
     first = map(json.loads, (tmp_path / "again" / "turns.jsonl").read_text().splitlines())
-    assert all(sum(row["reused_tokens"].values()) == row["prompt_tokens"] - 1 for row in first)
+    assert all(num_found(row) == row["prompt_tokens"] - 1 for row in first)
 
 
 def test_without_room_nothing_is_wrong(

@@ -16,9 +16,11 @@ def test_results_are_those_of_a_plain_linear(shape: tuple[int, ...], bias: bool)
     turned = FewRowsLinear(12, 20, bias=bias)
     turned.load_state_dict(plain.state_dict())
     x = torch.randn(shape)
-    got = turned(x)
-    torch.testing.assert_close(got, plain(x))
-    assert got.is_contiguous()
+    for num_threads in (2, 1):
+        torch.set_num_threads(num_threads)  # 1 in all other tests
+        got = turned(x)
+        torch.testing.assert_close(got, plain(x))
+        assert got.is_contiguous()
 
 
 @pytest.mark.parametrize("has_mkl", [True, False])
