@@ -69,8 +69,8 @@ class Comparison:
         return self.off.busy_s / self.on.engine["decode_s"]
 
     @property
-    def decode_drift(self) -> float:
-        """Seconds of decoding, on / off. Both passes decode the same: not 1 is the machine, or saving and loading."""
+    def decode_ratio(self) -> float:
+        """Seconds of decoding, on / off; of the same tokens."""
         return self.on.engine["decode_s"] / self.off.engine["decode_s"]
 
     @property
@@ -147,8 +147,11 @@ def _pass_figures(one: Pass, prefill_rate: float) -> dict[str, Any]:
         "busy_s": one.busy_s,
         **one.engine,
         "prompt_tokens_per_prefill_s": prefill_rate,
+        "prefill_s_per_token": one.engine["prefill_s"] / max(1, one.engine["prefill_tokens"]),
         "decode_s_per_token": one.engine["decode_s"] / max(1, one.engine["decode_tokens"]),
         "tokens_per_step": (one.engine["prefill_tokens"] + one.engine["decode_tokens"]) / max(1, one.engine["steps"]),
+        "first_turn_ttft_s": mean(turn.prefill_ttft_s for turn in one.turns if turn.turn == 0),
+        "later_turns_ttft_s": mean([turn.prefill_ttft_s for turn in one.turns if turn.turn] or [0.0]),
         "attempts": sum(turn.attempts for turn in one.turns),
         "ttft_samples_s": [round(turn.prefill_ttft_s, 4) for turn in one.turns],
     }
@@ -172,7 +175,7 @@ def figures(made: Comparison, dram_gb: float, ssd_gb: float) -> dict[str, Any]:
         "cpu_ratio": made.cpu_ratio,
         "busy_ratio_if_prefill_were_free": made.busy_bound,
         "prefill_share_off": made.prefill_share,
-        "decode_drift": made.decode_drift,
+        "decode_ratio": made.decode_ratio,
         "hit_rate": made.hit_rate,
         "ideal_hit_rate": made.ideal_hit_rate,
         "hit_rate_by_tier": {tier: count / made.prompt_tokens for tier, count in made.reused.items()},
