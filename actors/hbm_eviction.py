@@ -1,6 +1,7 @@
 """The scheduler's eviction policy at work inside an engine: the same plug-in orders chunks in HBM.
 
-A policy that raises is recorded and does not stop a turn: the engine then takes the candidates as they came.
+A policy that raises or answers nonsense is counted (`Shard.stats`: `hbm_policy_faults`) and does not stop a turn: the
+engine then takes the candidates as they came.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ class HbmEviction:
         require_verbs("eviction", policy, ("add", "remove", "victims"))
         self._policy = cast(EvictionPolicy, policy)
         self._place = Place(node_id, Tier.HBM)
-        self.guard = Guard()
+        self._guard = Guard()
 
     def add(self, place: Hashable, chunk: ChunkFacts) -> None:  # noqa: ARG002 - an engine has one place
-        self.guard.tell(self._policy, "add", lambda: self._policy.add(self._place, chunk))
+        self._guard.tell(self._policy, "add", lambda: self._policy.add(self._place, chunk))
 
     def remove(self, place: Hashable, key: ChunkKey) -> None:  # noqa: ARG002 - as above
-        self.guard.tell(self._policy, "remove", lambda: self._policy.remove(self._place, key))
+        self._guard.tell(self._policy, "remove", lambda: self._policy.remove(self._place, key))
 
     def victims(self, place: Hashable, count: int) -> Sequence[ChunkKey]:  # noqa: ARG002 - as above
         def ask() -> Sequence[ChunkKey]:
             return self._policy.victims(self._place, count)
 
-        return self.guard.consult(self._policy, "victims", ask, lambda _keys: None, lambda: ())
+        return self._guard.consult(self._policy, "victims", ask, _problem_with, lambda: ())
+
+    @property
+    def num_faults(self) -> int:
+        """Decisions that the policy did not make properly."""
+        return self._guard.num_faults.total()
+
+
+def _problem_with(keys: object) -> str | None:
+    is_sound = isinstance(keys, Sequence) and all(isinstance(key, str) for key in keys)
+    return None if is_sound else f"answered {keys!r}, not a sequence of keys"

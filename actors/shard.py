@@ -73,7 +73,8 @@ class Shard:
         from actors.engine.engine import Engine  # whoever holds this actor's handle imports this file: no torch above
 
         self._plan = plan
-        self._engine = Engine(plan.engine, eviction=HbmEviction(plan.eviction))
+        self._eviction = HbmEviction(plan.eviction)
+        self._engine = Engine(plan.engine, eviction=self._eviction)
         self._max_turn_tokens = min(
             self._engine.loaded.context_window, plan.engine.num_blocks * plan.engine.block_tokens
         )
@@ -134,7 +135,7 @@ class Shard:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), **self._engine.stats()}
+        return {"pid": os.getpid(), "hbm_policy_faults": self._eviction.num_faults, **self._engine.stats()}
 
     # --- io -----------------------------------------------------------------------------------------------------------
 

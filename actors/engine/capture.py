@@ -112,13 +112,12 @@ class Capture:
 
         Not `is_sound`: its KV may be bad; what it shared or offered to share is found by nobody any more.
         """
-        used = self._used.pop(sequence.turn_id, [])
         if is_sound:
             self.settle_chunks(sequence)
-            used += self._used.pop(sequence.turn_id, [])
             if sequence.state is not SequenceState.RESTORING:
                 self._close_tail(sequence)
-        elif self._kept is not None:
+        used = self._used.pop(sequence.turn_id, [])
+        if not is_sound and self._kept is not None:
             self._kept.drop(used)
         for slot in sequence.slots.values():
             self._buffer.release(slot)
@@ -139,22 +138,25 @@ class Capture:
         slot = sequence.slots.pop(index)
         span = sequence.chunk_span(index, sequence.num_computed)
         self._offer(sequence, span, slot)
-        if self._kept is None or not sequence.keeping or span.key in self._kept:
+        used = self._used.get(sequence.turn_id)
+        is_torn = used and self._kept is not None and not self._kept.holds(used[-1])
+        if self._kept is None or not sequence.keeping or is_torn or span.key in self._kept:
             self._buffer.release(slot)
         else:
             parent = sequence.key_before(index)
             self._kept.add(span, parent, self._blocks_of(sequence, span), time.monotonic(), slot)
 
     def _keep(self, sequence: Sequence, span: ChunkSpan) -> None:
-        """The turn uses every chunk in front of one that it adds: a chunk that another has computed at the same time
-        ends that, and what follows is not kept."""
+        """The turn uses every chunk in front of one that it adds. A chunk that another has computed at the same time
+        ends that, and so does one that was dropped: what follows is not kept."""
         assert self._kept is not None
-        if span.key in self._kept:
+        used = self._used.setdefault(sequence.turn_id, [])
+        if span.key in self._kept or (used and not self._kept.holds(used[-1])):
             sequence.keeping = False
             return
         parent = sequence.key_before(span.start // sequence.chunk_tokens)
         chunk = self._kept.add(span, parent, self._blocks_of(sequence, span), time.monotonic())
-        self._used.setdefault(sequence.turn_id, []).append(chunk)
+        used.append(chunk)
 
     def _offer(self, sequence: Sequence, span: ChunkSpan, slot: int) -> None:
         """The saver encodes it, unless the store has it or nobody takes more."""

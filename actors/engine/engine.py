@@ -78,6 +78,7 @@ class Engine:
         `eviction`: the order in which kept chunks leave the pool; any `policies.eviction.EvictionPolicy` will do.
         """
         self.config = config
+        self._num_threads = config.num_threads or torch.get_num_threads()
         self._use_threads()
         self.loaded = loaded or LoadedModel.load(config.model, dtype=config.dtype, device=config.device)
         self._limits = Limits(
@@ -129,9 +130,10 @@ class Engine:
         self._runner = ModelRunner(loaded.model, loaded.rotations, self._pool, self._buffer, SdpaAttention())
 
     def _use_threads(self) -> None:
-        """torch counts threads per thread: whoever builds or steps the engine says how many."""
-        if self.config.num_threads is not None and torch.get_num_threads() != self.config.num_threads:
-            torch.set_num_threads(self.config.num_threads)
+        """torch counts threads per thread, and new threads start with what any of them set last (loaders: 1): whoever
+        builds or steps the engine says how many."""
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
 
     # --- from any thread ----------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class KeptChunk:
     stored_at: float
     last_used: float
     next_use: tuple[int, int] | None = None
+    token_ids: tuple[int, ...]
     marks: tuple[tuple[int, str], ...]
     blocks: tuple[int, ...]
     slot: int | None
@@ -89,10 +90,6 @@ class Match:
         return self.chunks if self.tail is None else (*self.chunks, self.tail)
 
     @property
-    def num_tokens(self) -> int:
-        return self.all_chunks[-1].end if self.all_chunks else 0
-
-    @property
     def num_held_blocks(self) -> int:
         """Blocks that some turn holds already."""
         return sum(len(chunk.blocks) for chunk in self.chunks if chunk.num_turns)
@@ -139,7 +136,7 @@ class KeptChunks:
         """The longest tail behind these full chunks that the prompt goes on from."""
         tails = self._tails.get(sequence.key_before(index), {}).values()
         fitting = sorted((tail for tail in tails if tail.end <= last), key=lambda tail: -tail.end)
-        return next((tail for tail in fitting if sequence.chunk_span(index, tail.end).key == tail.key), None)
+        return next((t for t in fitting if tuple(sequence.token_ids[t.start : t.end]) == t.token_ids), None)
 
     def add(
         self, span: ChunkSpan, parent: str, blocks: Iterable[int], now: float, slot: int | None = None
@@ -154,6 +151,7 @@ class KeptChunks:
             num_bytes=len(span.token_ids) * self.bytes_per_token,
             stored_at=now,
             last_used=now,
+            token_ids=span.token_ids,
             marks=span.marks,
             blocks=tuple(blocks),
             slot=slot,
@@ -205,11 +203,18 @@ class KeptChunks:
                 self._relist(known)
         self._wanted = wanted
 
+    def holds(self, chunk: KeptChunk) -> bool:
+        """Whether it is still here: not evicted, nor dropped."""
+        return self._by_key.get(chunk.key) is chunk
+
     def drop(self, chunks: Iterable[KeptChunk]) -> None:
-        """Nobody finds these any more, nor what follows them. Turns that use them go on."""
-        for chunk in chunks:
-            if self._by_key.get(chunk.key) is chunk:
-                self._forget(chunk)
+        """Nobody finds these any more, nor what follows them. Turns that use them go on, and add nothing behind."""
+        doomed = {chunk.key for chunk in chunks if self.holds(chunk)}
+        while doomed:
+            children = {chunk.key for chunk in self._by_key.values() if chunk.parent in doomed} - doomed
+            for key in doomed:
+                self._forget(self._by_key[key])
+            doomed = children
 
     def make_room(self, num_free: int) -> None:
         """Evicts until so many blocks are free, as far as evicting helps."""
@@ -265,7 +270,7 @@ class KeptChunks:
 
     def _relist(self, chunk: KeptChunk) -> None:
         """Candidates are what no turn uses and nothing in the pool follows."""
-        if self._by_key.get(chunk.key) is not chunk:
+        if not self.holds(chunk):
             return
         if not chunk.num_turns and not self._num_children[chunk.key]:
             self._candidates[chunk.key] = chunk

@@ -48,10 +48,6 @@ class RestoreJob:
     def end(self) -> int:
         return self.pieces[-1].end
 
-    @property
-    def bytes_per_token(self) -> float:
-        return sum(piece.num_bytes for piece in self.pieces) / (self.end - self.start)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
@@ -78,7 +74,7 @@ class Load:
         self.fences: list[Fence] = []
         """By layer (LAYERS) or chunk (TAIL), there before what it is behind counts as in place. The last one is behind
         everything that was written."""
-        self._islands: list[tuple[int, int]] = []
+        self._islands: tuple[tuple[int, int], ...] = ()
         self._end = job.end  # of what lies before the islands
         self._wake = wake
         self._changed = Condition()
@@ -129,7 +125,7 @@ class Load:
         """The tokens from `start` to the frontier will not come: the load goes on before them."""
         with self._changed:
             self._claimed_from = None
-            self._leave_island()
+            self._islands = self._spans()
             self.frontier = self._end = start
             self._changed.notify_all()
         self._wake()
@@ -140,18 +136,16 @@ class Load:
             return self._spans()
 
     def finish(self, result: Restored) -> None:
-        """The load is over; nothing more is written."""
+        """The load is over; nothing more is written. Of one that was abandoned the result counts for nothing."""
         with self._changed:
             self._claimed_from = None
+            if self.is_abandoned:
+                return
             is_whole = result.spans == ((self.job.start, self.job.end),)
             self.layers_ready = self.num_layers if is_whole else 0
             self.result = result
             self._changed.notify_all()
         self._wake()
-
-    def _leave_island(self) -> None:
-        if self.frontier < self._end:
-            self._islands.insert(0, (self.frontier, self._end))
 
     def _spans(self) -> tuple[tuple[int, int], ...]:
         current = ((self.frontier, self._end),) if self.frontier < self._end else ()
@@ -167,16 +161,18 @@ class Load:
     def gap_end(self) -> int:
         """Up to here nothing is loaded, nor being written."""
         with self._changed:
-            return self.frontier if self._claimed_from is None else self._claimed_from
+            return self._gap_end()
 
     def reserve_front(self, start: int, num_tokens: int) -> int:
         """The engine is about to compute from `start` on; how many of the tokens it wants it may. Then `end_front`."""
         with self._changed:
-            limit = self.frontier if self._claimed_from is None else self._claimed_from
-            num_tokens = max(0, min(num_tokens, limit - start))
+            num_tokens = max(0, min(num_tokens, self._gap_end() - start))
             if num_tokens:
                 self._computed_to, self._is_computing = start + num_tokens, True
             return num_tokens
+
+    def _gap_end(self) -> int:
+        return self.frontier if self._claimed_from is None else self._claimed_from
 
     def end_front(self) -> None:
         """The step is over."""

@@ -105,16 +105,18 @@ class Loader:
             began = time.monotonic()
             readers = self._open_leading(load, stack, failures)
             num_good = len(readers)
-            if num_good and load.claim(job.start) is not None:
+            if num_good and load.claim(job.start) is None:
+                num_good = 0  # nobody wants it any more: nothing is written, nothing counts
+            if num_good:
                 places = [self._locate(job, i, job.pieces[i].start) for i in range(num_good)]
                 for layer in range(len(self._layers)):
                     num_good = self._load_layer(load, layer, readers[:num_good], places, failures)
                     load.fences.append(self._transfer.written())
-                    if not num_good or load.is_abandoned:
+                    if not num_good:
                         break
                     if layer + 1 < len(self._layers):
                         load.layer_done()
-            if num_good == len(job.pieces) and not load.is_abandoned:
+            if num_good == len(job.pieces):
                 self._rates.measured_together(job.pieces, time.monotonic() - began)
             marks = tuple(mark for reader in readers[:num_good] for mark in reader.header.marks)
             spans = ((job.start, job.pieces[num_good - 1].end),) if num_good else ()

@@ -179,3 +179,30 @@ def test_conversations_that_take_turns(seed: int) -> None:
         _check(owner, turn_id)
         num_in_hbm += sum(info.num_in_hbm for info in result.started)
     assert num_in_hbm > 5 * CHUNK
+
+
+def test_what_goes_on_from_a_dropped_chunk_is_not_kept() -> None:
+    """Blocks that cannot be evicted must never count as room, however the tree was torn."""
+    owner = _owner(kv_tokens=200)
+    system = random_prompt(32, 3)
+    owner.add("a", (*system, *random_prompt(6, 4)), replace(GREEDY, max_new_tokens=40))
+    while len(owner.results["a"].tokens) < 2:
+        owner.step()
+    owner.add("b", (*system, *random_prompt(6, 5)), replace(GREEDY, max_new_tokens=60))
+    while len(owner.results["b"].tokens) < 2:
+        owner.step()
+    blocks = owner.engine._sequences["a"].table.blocks
+    owner.engine._pool.values[2][blocks[9]] = float("nan")  # of its own, behind the shared ones
+    while owner.results["a"].finish is None:
+        owner.step()
+    assert owner.results["a"].error is not None
+    assert owner.engine.stats()["chunks_kept"] == 0
+    owner.add("c", (*system, *random_prompt(4, 6)), replace(GREEDY, max_new_tokens=1))
+    while owner.results["c"].finish is None:
+        owner.step()
+    for _ in range(12):  # b fills chunks behind the prefix that is c's now
+        owner.step()
+    owner.add("d", random_prompt(100, 7), replace(GREEDY, max_new_tokens=8))
+    owner.run()
+    for turn_id in ("b", "c", "d"):
+        _check(owner, turn_id)

@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from actors.engine.overlap import LoadOrder
 from actors.engine.params import SamplingParams
+from actors.engine.sequence import Sequence
 from actors.engine.turns import FinishReason, RestoreSource
 from storage.format import ChunkReader, RangeSource
 from tests.engine.harness import CHUNK, GREEDY, Owner, make_engine
@@ -277,3 +279,55 @@ def test_preempting_a_turn_that_loads() -> None:
     owner.run()
     assert _is_right(owner, "t", PROMPT)
     assert _is_right(owner, "long", random_prompt(60, 7))
+
+
+def test_a_load_that_ends_just_when_it_is_given_up_counts_for_nothing() -> None:
+    """Nothing was written: whatever the loader says after it was abandoned must not be believed."""
+    owner = _filled(load_deadline_s=0.1)
+    go = threading.Event()
+    sources = owner.store.plan(PROMPT)
+    last = sources[-1].open
+
+    def slow() -> ChunkReader:
+        assert go.wait(20)
+        return last()
+
+    sources[-1] = replace(sources[-1], open=slow)
+    give_up = owner.engine._restoring.give_up
+
+    def give_up_and_let_it_end(sequence: Sequence) -> bool:
+        may_write = give_up(sequence)
+        go.set()
+        [(_, future)] = owner.engine._loader._running
+        future.result(20)
+        return may_write
+
+    owner.engine._restoring.give_up = give_up_and_let_it_end  # type: ignore[method-assign]
+    owner.add("t", PROMPT, GREEDY, restore=tuple(sources))
+    [info] = owner.run()["t"].started
+    assert owner.results["t"].finish is FinishReason.LENGTH
+    assert _is_right(owner, "t", PROMPT)
+    assert info.num_reused == 0
+    assert {failed.reason for failed in info.failed} == {"late"}
+
+
+def test_loaders_do_not_change_the_threads_of_whoever_steps() -> None:
+    """torch's default for new threads is global, and loaders set it to 1."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        owner = _filled(num_threads=None)
+        owner.add("t", PROMPT, GREEDY, restore=tuple(owner.store.plan(PROMPT)))
+        owner.run()
+        found: list[int] = []
+
+        def step() -> None:
+            owner.engine.step()
+            found.append(torch.get_num_threads())
+
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+        assert found == [2]
+    finally:
+        torch.set_num_threads(before)
