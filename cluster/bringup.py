@@ -270,6 +270,7 @@ def _replica_plan(config: Config, node: dict[str, Any], sharing: int) -> Replica
         write_buffer_chunks=section.write_buffer_chunks,
         keep_finished=section.keep_finished,
         read_ahead_chunks=section.read_ahead_chunks,
+        staging_buffers=section.staging_buffers,
         load_deadline_s=section.load_deadline_s,
         num_threads=num_threads,
     )

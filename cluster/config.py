@@ -60,6 +60,8 @@ class ModelSection:
     """HBM as a tier: blocks of finished turns stay, and are shared, until their space is needed."""
     read_ahead_chunks: Positive = 8
     """Chunks that one restore asks a slow tier for ahead of the one it writes; bounds the memory of loading."""
+    staging_buffers: Positive = 16
+    """On a GPU: pinned buffers of one layer of one chunk each, through which loads go."""
     load_deadline_s: Annotated[float, Field(gt=0)] = 10.0
     """A restore that takes longer is given up, and what it did not bring is computed."""
     num_threads: Annotated[int, Field(ge=0)] = 0

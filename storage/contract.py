@@ -8,12 +8,6 @@ class TestMyTier(TierContract):
 class TestMyDurableTier(PersistentTierContract):
     @pytest.fixture
     def reopen(self): ...                     # reopen(budget_bytes) -> another tier over the same place
-
-class TestMyReader(OpenerContract):           # for a `storage.tier.ChunkOpener`
-    @pytest.fixture
-    def tier(self): ...                       # a tier whose chunks the opener reads
-    @pytest.fixture
-    def opener(self, tier): ...
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ from storage.format import ChunkHeader, LayerShape, encode, encoded_size
 from storage.header import Buffer, Bytes, CorruptChunk, byte_view
 from storage.keys import KeySpace, chain
 from storage.layout import KV
-from storage.tier import ChunkMissing, ChunkOpener, ChunkTier, TierError, TierFull
+from storage.tier import ChunkMissing, ChunkTier, TierError, TierFull
 
 ROOT = KeySpace(model="contract", tokenizer="contract", dtype="float32").root()
 NUM_LAYERS = 3
@@ -66,6 +60,23 @@ def sample_chunk(seed: int, num_bytes: int, num_layers: int = NUM_LAYERS) -> tup
     """Key and encoded bytes of such a chunk."""
     header, layers = sample_layers(seed, num_bytes, num_layers)
     return header.key, encode(header, layers)
+
+
+def damaged(data: Bytes, damage: str) -> Bytes:
+    """A chunk's bytes, spoilt: head, layer, cut, empty, or another chunk."""
+    if damage == "head":
+        copy = data.copy()
+        copy[200] ^= 1
+        return copy
+    if damage == "cut":
+        return data[:-1]
+    if damage == "layer":
+        copy = data.copy()
+        copy[len(data) // 2] ^= 1
+        return copy
+    if damage == "empty":
+        return data[:0]
+    return sample_chunk(999, 0)[1]
 
 
 def same_bytes(left: Buffer, right: Buffer) -> bool:
@@ -280,7 +291,7 @@ class TierContract:
     @pytest.mark.parametrize("damage", ["head", "cut", "empty", "other chunk"])
     def test_damaged_chunk_does_not_open(self, tier: ChunkTier, damage: str) -> None:
         key, data = sample_chunk(15, self.unit(tier))
-        tier.put(key, _damaged(data, damage))
+        tier.put(key, damaged(data, damage))
         with pytest.raises(CorruptChunk):
             tier.open(key)
 
@@ -291,7 +302,7 @@ class TierContract:
             tier.put(header.key, encode(header, layers))
             expected[header.key] = (header, encoded_size(header))
         key, data = sample_chunk(16, self.unit(tier))
-        tier.put(key, _damaged(data, "head"))
+        tier.put(key, damaged(data, "head"))
         assert {header.key: (header, size) for header, size in tier.inventory()} == expected
         assert key not in tier
         assert set(tier.keys()) == set(expected)
@@ -354,127 +365,12 @@ class PersistentTierContract(TierContract):
         assert tier.used_bytes == len(data)
 
 
-class OpenerContract:
-    """What holds for every opener, hints or no hints."""
-
-    @pytest.fixture
-    def tier(self) -> Iterator[ChunkTier]:
-        raise NotImplementedError("an opener's test class provides the fixture `tier`: an empty tier, which it reads")
-
-    @pytest.fixture
-    def opener(self, tier: ChunkTier) -> ChunkOpener:
-        raise NotImplementedError("an opener's test class provides the fixture `opener`: it reads what `tier` keeps")
-
-    @pytest.mark.parametrize("hint", ["none", "size", "prefetch", "prefetch twice", "prefetch and forget"])
-    def test_opens_what_the_tier_keeps(self, tier: ChunkTier, opener: ChunkOpener, hint: str) -> None:
-        header, layers = sample_layers(1, 200_000)
-        num_bytes = tier.put(header.key, encode(header, layers))
-        for _ in range({"prefetch": 1, "prefetch twice": 2, "prefetch and forget": 1}.get(hint, 0)):
-            opener.prefetch(header.key, num_bytes)
-        if hint == "prefetch and forget":
-            opener.forget(header.key)
-        reader = opener.open(header.key, None if hint == "none" else num_bytes)
-        assert reader.header == header
-        assert reader.num_bytes == num_bytes
-        reader.verify()
-        for i, (k, v) in enumerate(layers):
-            assert np.array_equal(reader.layer(i)[0], k)
-            assert np.array_equal(reader.layer(i)[1], v)
-        k, _ = reader.layer(1)
-        reader.close()
-        assert np.array_equal(k, layers[1][0])
-
-    def test_a_hint_without_a_size_is_enough(self, tier: ChunkTier, opener: ChunkOpener) -> None:
-        key, data = sample_chunk(2, 200_000)
-        tier.put(key, data)
-        opener.prefetch(key, len(data))
-        opener.open(key).verify()
-
-    def test_many_at_once_from_many_threads(self, tier: ChunkTier, opener: ChunkOpener) -> None:
-        chunks = dict(sample_chunk(seed, 20_000) for seed in range(0, 80, 10))
-        for key, data in chunks.items():
-            tier.put(key, data)
-
-        def use(seed: int) -> None:
-            choose = random.Random(seed)
-            for _ in range(20):
-                key, data = choose.choice(list(chunks.items()))
-                for action in choose.sample(["prefetch", "prefetch", "open", "forget"], 3):
-                    if action == "prefetch":
-                        opener.prefetch(key, len(data))
-                    elif action == "open":
-                        opener.open(key, len(data))
-                    else:
-                        opener.forget(key)
-                opener.open(key, len(data)).verify()
-
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(use, range(4)))
-
-    @pytest.mark.parametrize("is_prefetched", [False, True])
-    def test_a_missing_chunk(self, opener: ChunkOpener, is_prefetched: bool) -> None:
-        key, data = sample_chunk(3, 20_000)
-        if is_prefetched:
-            opener.prefetch(key, len(data))  # does not raise
-        for num_bytes in (len(data), None):
-            with pytest.raises(ChunkMissing):
-                opener.open(key, num_bytes)
-        opener.forget(key)
-
-    @pytest.mark.parametrize("is_prefetched", [False, True])
-    @pytest.mark.parametrize("damage", ["head", "cut", "empty", "other chunk", "layer"])
-    def test_damage_is_seen(self, tier: ChunkTier, opener: ChunkOpener, damage: str, is_prefetched: bool) -> None:
-        key, data = sample_chunk(4, 200_000)
-        tier.put(key, _damaged(data, damage))
-        if is_prefetched:
-            opener.prefetch(key, len(data))
-        # of an object without bytes some places refuse to send a range
-        with pytest.raises((CorruptChunk, TierError) if damage == "empty" else CorruptChunk):
-            opener.open(key, len(data)).layer(NUM_LAYERS // 2)
-
-    @pytest.mark.parametrize("is_prefetched", [False, True])
-    @pytest.mark.parametrize("error", [-64, 64])
-    def test_a_chunk_of_another_size_is_corrupt(
-        self, tier: ChunkTier, opener: ChunkOpener, error: int, is_prefetched: bool
-    ) -> None:
-        key, data = sample_chunk(5, 200_000)
-        tier.put(key, data)
-        if is_prefetched:
-            opener.prefetch(key, len(data) + error)
-        with pytest.raises(CorruptChunk):
-            opener.open(key, len(data) + error)
-
-    def test_a_failure_is_not_remembered(self, tier: ChunkTier, opener: ChunkOpener) -> None:
-        key, data = sample_chunk(6, 20_000)
-        opener.prefetch(key, len(data))
-        with pytest.raises(ChunkMissing):
-            opener.open(key, len(data))
-        tier.put(key, data)
-        opener.open(key, len(data)).verify()
-
-
 def _put_or_full(tier: ChunkTier, key: str, data: Bytes) -> bool:
     try:
         tier.put(key, data)
     except TierFull:
         return False
     return True
-
-
-def _damaged(data: Bytes, damage: str) -> Bytes:
-    if damage == "head":
-        damaged = data.copy()
-        damaged[200] ^= 1
-        return damaged
-    if damage == "cut":
-        return data[:-1]
-    if damage == "layer":
-        damaged = data.copy()
-        damaged[len(data) // 2] ^= 1
-        return damaged
-    if damage == "empty":
-        return data[:0]
-    return sample_chunk(999, 0)[1]
 
 
 @contextmanager

@@ -54,14 +54,10 @@ def may_join(num_ready: int, num_layers: int, layer_load_s: float, layer_compute
     """Whether a step that begins now finds every layer in place when it comes to it.
 
     Layer i is wanted i * layer_compute_s from now and there in (i + 1 - num_ready) * layer_load_s; as both grow evenly,
-    the next layer and the last one decide. num_ready layers are the read buffer: the slower the load, the more of them.
+    the next layer and the last one decide. num_ready layers are the paper's read buffer
+    S_buf = B * (T_load * L_hist - T_pref * L_new): the slower the load, the more of them.
     """
     slack_s = STALL_SHARE * num_layers * layer_compute_s
     next_late_s = layer_load_s - num_ready * layer_compute_s
     last_late_s = (num_layers - num_ready) * layer_load_s - (num_layers - 1) * layer_compute_s
     return num_ready >= num_layers or max(next_late_s, last_late_s) <= slack_s
-
-
-def read_buffer_bytes(load_s: float, compute_s: float, bytes_per_s: float) -> float:
-    """S_buf = B * (T_load * L_hist - T_pref * L_new): what must be loaded before a turn joins, for reports."""
-    return max(0.0, load_s - compute_s) * bytes_per_s

@@ -24,6 +24,7 @@ from actors.engine.params import SamplingParams
 from actors.wire import TurnRequest
 from cluster.bench.options import BenchOptions
 from cluster.bench.result import Result, Table, Target, median_ratio
+from cluster.bench.system import store_at_rest, vocab_size
 from cluster.bringup import Running, running
 from cluster.client import Answer
 from cluster.config import Config, config_from
@@ -31,7 +32,6 @@ from cluster.config import Config, config_from
 TARGET_RATIO = 0.98
 PROMPT_TOKENS, NEW_TOKENS, NUM_CONVERSATIONS, CONCURRENCY = 256, 16, 8, 4
 STORES = {"dram": "DRAM", "ssd": "DRAM, written through to SSD"}
-QUIET_S = 0.1
 QUICK_PROMPT_TOKENS, QUICK_NEW_TOKENS, QUICK_NUM_CONVERSATIONS = 96, 4, 3
 
 LIMITS = (
@@ -124,7 +124,7 @@ class _Segments:
         self._cluster = cluster
         self._random = random.Random(0)
         self._numbers = count()
-        self._vocabulary = _vocabulary(cluster.config.model.path)
+        self._vocabulary = vocab_size(cluster.config.model.path)
         self.num_reused = 0
 
     @property
@@ -153,19 +153,9 @@ class _Segments:
         cpu_began, began = cpu_seconds(), time.perf_counter()
         answers = await asyncio.gather(*map(take, requests))
         seconds = time.perf_counter() - began
-        await self._rest()
+        await store_at_rest(self._cluster)  # as long with reuse off
         self.num_reused += sum(sum(answer.account.reused.values()) for answer in answers)
         return Sample(seconds, cpu_seconds() - cpu_began)
-
-    async def _rest(self) -> None:
-        """Until no store has moved anything for a moment; as long with reuse off."""
-        before: object = None
-        while True:
-            await asyncio.sleep(QUIET_S)
-            now = [(store["saved_bytes"], store["demoted_bytes"]) for store in self._cluster.store_stats()]
-            if now == before:
-                return
-            before = now
 
     def _request(self, *, reuse: bool) -> TurnRequest:
         name = f"overhead-{next(self._numbers)}"
@@ -176,12 +166,6 @@ class _Segments:
             sampling=SamplingParams(max_new_tokens=self.new_tokens, ignore_eos=True),
             reuse=reuse,
         )
-
-
-def _vocabulary(model: str) -> int:
-    from actors.engine.loading import load_tokenizer
-
-    return len(load_tokenizer(model))
 
 
 def cpu_seconds() -> float:

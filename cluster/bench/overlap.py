@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 
 from actors.engine.loading import LoadedModel
-from actors.engine.overlap import read_buffer_bytes
 from cluster.bench.options import BenchOptions
 from cluster.bench.result import Result, Table, Target
 from cluster.bench.timing import side_by_side
@@ -145,7 +143,7 @@ def _loaded(
             turns.append(turn)
         return turn.ttft_s
 
-    return partial(once)
+    return once
 
 
 def _exposed(loaded: list[float], hbm: list[float], load_s: float) -> float:
@@ -197,7 +195,7 @@ def _result(
             ),
             Table(
                 title="From the tail: load and compute meet",
-                columns=("load ms", "recompute ms", "together ms", "/ ideal", "tokens computed", "read buffer MB"),
+                columns=("load ms", "recompute ms", "together ms", "/ ideal", "tokens computed"),
                 rows=[
                     [
                         1e3 * m.load_s,
@@ -205,7 +203,6 @@ def _result(
                         1e3 * m.took_s,
                         m.to_ideal,
                         m.num_computed,
-                        read_buffer_bytes(m.load_s, 0.0, bench.history_bytes / m.load_s) / 1e6,
                     ]
                     for m in met
                 ],
@@ -229,8 +226,9 @@ def _result(
         },
         targets=targets,
         limits=(
-            "Layer by layer the first layer's load is seen by a turn that comes to an idle engine; behind another"
-            " turn's step the whole load is ahead of need.",
+            f"Layer by layer a turn that comes to an idle engine sees the load of the first of {num_layers} layers."
+            " What it sees beyond that, and all it sees behind another turn, was not taken apart: the loader's wake-ups"
+            " and Python share two cores with the forward.",
             "From the tail the last step and the last chunk end together only by chance: steps and chunks are whole.",
         ),
     )

@@ -17,10 +17,10 @@ from pathlib import Path
 from actors.engine.params import SamplingParams
 from actors.wire import TurnRequest
 from cluster.bench.sharegpt import Shape, TurnShape, num_dropped
+from cluster.bench.system import store_at_rest
 from cluster.bringup import Running
 from cluster.client import Answer
 
-QUIET_S = 0.1
 TELL_EVERY = 20
 METER_TOTALS = ("steps", "prefill_tokens", "decode_tokens", "prefill_s", "decode_s")
 
@@ -106,7 +106,7 @@ class Replay:
             for number, shape in shapes.items():
                 group.create_task(play_one(number, shape))
         wall_s = time.perf_counter() - began
-        await self._rest()
+        await store_at_rest(self._cluster)
         after = self._engine_totals()
         grown = {name: after[name] - before[name] for name in after}
         return Pass(turns=sorted(turns, key=lambda turn: turn.key), wall_s=wall_s, engine=grown)
@@ -115,16 +115,6 @@ class Replay:
         stats = self._cluster.replica_stats()
         totals = {name: float(sum(replica[name] for replica in stats)) for name in METER_TOTALS}
         return {**totals, "cpu_s": sum(_cpu_seconds(replica["pid"]) for replica in stats)}
-
-    async def _rest(self) -> None:
-        """Until no store has moved anything for a moment."""
-        before: object = None
-        while True:
-            await asyncio.sleep(QUIET_S)
-            now = [(store["saved_bytes"], store["demoted_bytes"]) for store in self._cluster.store_stats()]
-            if now == before:
-                return
-            before = now
 
 
 class _Conversation:

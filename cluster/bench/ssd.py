@@ -37,9 +37,7 @@ def measure_ssd(turn: TurnKV, folder: Path, repeats: int) -> Samples:
         return timed(do)
 
     def cold(do: Callable[[], Any]) -> float:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                _forget_pages(path)
+        forget_pages(folder)
         return timed(do)
 
     with ThreadPoolExecutor(4) as pool:
@@ -86,9 +84,11 @@ def _read_raw(path: Path, out: Bytes) -> None:
         os.close(handle)
 
 
-def _forget_pages(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
+def forget_pages(folder: Path) -> None:
+    """The files below the folder leave the page cache."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

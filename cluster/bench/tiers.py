@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cluster.bench.dram import local_ray, measure_dram
+from cluster.bench.dram import measure_dram
 from cluster.bench.kv import TurnKV, make_turn_kv
 from cluster.bench.options import BenchOptions
 from cluster.bench.result import Result, Table, Target, median_ratio
@@ -18,8 +18,6 @@ from cluster.bench.s3 import DELAY_S, measure_s3
 from cluster.bench.ssd import measure_ssd
 from cluster.bench.timing import Samples
 from storage.format import LayerShape
-
-__all__ = ["local_ray", "run"]
 
 CHUNK_TOKENS, NUM_CHUNKS = 256, 8  # 2,048 tokens
 QUICK_CHUNK_TOKENS, QUICK_NUM_CHUNKS = 32, 2

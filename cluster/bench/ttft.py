@@ -5,7 +5,6 @@ One engine, one conversation of 2,048 tokens, 64 new tokens each time; the four 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 from actors.engine.loading import LoadedModel
 from actors.engine.turns import RestoreSource
 from actors.sources import restore_sources
+from cluster.bench.dram import local_ray
 from cluster.bench.options import BenchOptions
 from cluster.bench.result import Result, Table, Target, median_ratio
-from cluster.bench.tiers import local_ray
+from cluster.bench.ssd import forget_pages
 from cluster.bench.timing import side_by_side
 from cluster.bench.turns import Timed, TurnBench
 from policies import messages as m
@@ -82,12 +82,7 @@ class _Places:
 
     def forget_pages(self) -> None:
         """The files leave the page cache."""
-        for path in self._folder.rglob("*.arrow"):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
+        forget_pages(self._folder)
 
 
 def _measure(options: BenchOptions, bench: TurnBench, places: _Places, new: int) -> Result:
@@ -159,10 +154,8 @@ def _reused(turn: Timed) -> str:
 
 def _limits(bench: TurnBench, samples: Mapping[str, Sequence[float]]) -> list[str]:
     hbm, dram = median(samples["hbm"]), median(samples["dram"])
-    rate = bench.history_bytes / max(dram, 1e-9) / 1e9
     return [
         f"From HBM nothing is loaded: {1e3 * hbm:.0f} ms are the new tokens' own compute, the bound of every way.",
-        f"From DRAM {bench.history_bytes / 1e6:.0f} MB are verified, rotated and copied while the new tokens compute"
-        f" ({rate:.1f} GB/s if nothing else were done); on a CPU the loader takes its cycles from the same cores,"
-        " on a GPU it would not.",
+        f"From DRAM {bench.history_bytes / 1e6:.0f} MB are verified, rotated and copied beside the new tokens' compute:"
+        f" {1e3 * (dram - hbm):+.0f} ms. On a CPU the loader takes its cycles from the cores that compute.",
     ]

@@ -23,6 +23,7 @@ from cluster.bench.options import BenchOptions
 from cluster.bench.replay import Pass, Replay
 from cluster.bench.result import Result, Table, Target
 from cluster.bench.sharegpt import Conversations, Shape, conversations
+from cluster.bench.system import vocab_size
 from cluster.bringup import running
 from cluster.config import Config, config_from
 
@@ -89,7 +90,7 @@ def run(options: BenchOptions) -> Result:
     options.progress("bringing up the system")
     with options.scratch_folder("workload") as scratch, running(_config(options, sizes, scratch)) as cluster:
         scaled = source.scaled(sizes.scale, cluster.model.max_turn_tokens)
-        replay = Replay(cluster, scaled.window, _vocab_size(options.model), sizes.concurrency, options.progress)
+        replay = Replay(cluster, scaled.window, vocab_size(options.model), sizes.concurrency, options.progress)
         off, on = asyncio.run(_play(replay, scaled.shapes, sizes))
         stores = cluster.store_stats()
     return _result(options, sizes, scaled, Comparison(off, on), stores)
@@ -122,12 +123,6 @@ def _config(options: BenchOptions, sizes: Sizes, folder: Path) -> Config:
     store = {"dram_bytes": sizes.dram, "ssd_url": str(folder / "ssd"), "ssd_bytes": sizes.ssd}
     cluster = {"cpus_per_replica": 1, "gpus_per_replica": 1 if options.computed_device == "cuda" else 0}
     return config_from({"model": model, "store": store, "cluster": cluster})
-
-
-def _vocab_size(model: str) -> int:
-    from actors.engine.loading import load_tokenizer
-
-    return len(load_tokenizer(model))
 
 
 # --- the result -------------------------------------------------------------------------------------------------------

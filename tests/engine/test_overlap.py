@@ -12,7 +12,6 @@ from actors.engine.overlap import (
     choose_order,
     front_tokens,
     may_join,
-    read_buffer_bytes,
 )
 
 seconds = st.floats(1e-4, 10.0)
@@ -75,6 +74,8 @@ def test_a_load_that_is_nearly_there_is_waited_for() -> None:
     assert front_tokens(2048, 1.0, None) == 0
 
 
-def test_the_papers_read_buffer() -> None:
-    assert read_buffer_bytes(load_s=0.192, compute_s=0.1, bytes_per_s=26e9) == pytest.approx(26e9 * 0.092)
-    assert read_buffer_bytes(load_s=0.05, compute_s=0.1, bytes_per_s=26e9) == 0
+def test_the_layers_that_must_be_ready_are_the_papers_read_buffer() -> None:
+    """S_buf / (bytes of a layer) = L * (load - compute) / load, up to a layer and the slack."""
+    num_layers, load_s, compute_s = 80, 0.192, 0.1
+    ready = next(n for n in range(81) if may_join(n, num_layers, load_s / num_layers, compute_s / num_layers))
+    assert ready == pytest.approx(num_layers * (load_s - compute_s) / load_s, abs=2)

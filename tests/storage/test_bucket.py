@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from storage.bucket import BucketReader, ObjectTier
-from storage.contract import NUM_LAYERS, OpenerContract, PersistentTierContract, sample_chunk, sample_layers
+from storage.contract import NUM_LAYERS, PersistentTierContract, sample_chunk, sample_layers
 from storage.filesystem import open_tier
 from storage.format import FIRST_READ_BYTES, encode
+from storage.opener_contract import OpenerContract
 from storage.tier import ChunkMissing, TierError, TierFull
 
 BUDGET = 256 * 1024

@@ -12,11 +12,12 @@ import pytest
 
 import storage.filesystem
 from storage.bucket import ObjectTier
-from storage.contract import OpenerContract, PersistentTierContract, same_bytes, sample_chunk
+from storage.contract import PersistentTierContract, same_bytes, sample_chunk
 from storage.files import FileReader
 from storage.filesystem import FileTier, open_reader, open_tier
 from storage.format import read_chunk
 from storage.header import CorruptChunk
+from storage.opener_contract import OpenerContract
 from storage.tier import ChunkMissing, TierError, TierFull
 
 BUDGET = 256 * 1024
