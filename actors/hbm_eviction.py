@@ -11,6 +11,7 @@ from typing import cast
 
 from policies.eviction import ChunkFacts, EvictionPolicy
 from policies.messages import ChunkKey, NodeId, Tier
+from policies.outlook import Outlook
 from policies.places import Place
 from policies.plugins import Guard, load_policy, require_verbs
 
@@ -24,16 +25,20 @@ class HbmEviction:
         self._policy = cast(EvictionPolicy, policy)
         self._place = Place(node_id, Tier.HBM)
         self._guard = Guard()
+        self._now = 0.0  # the latest use it heard of
 
     def add(self, place: Hashable, chunk: ChunkFacts) -> None:  # noqa: ARG002 - an engine has one place
+        self._now = max(self._now, chunk.last_used)
         self._guard.tell(self._policy, "add", lambda: self._policy.add(self._place, chunk))
 
     def remove(self, place: Hashable, key: ChunkKey) -> None:  # noqa: ARG002 - as above
-        self._guard.tell(self._policy, "remove", lambda: self._policy.remove(self._place, key))
+        self._guard.tell(self._policy, "remove", lambda: self._policy.remove(self._place, key, evicted=False))
 
     def victims(self, place: Hashable, count: int) -> Sequence[ChunkKey]:  # noqa: ARG002 - as above
+        outlook = Outlook(num_waiting=0, dram_budget_bytes=0, ssd_budget_bytes=0, session_bytes=0.0, now=self._now)
+
         def ask() -> Sequence[ChunkKey]:
-            return self._policy.victims(self._place, count)
+            return self._policy.victims(self._place, count, outlook)
 
         return self._guard.consult(self._policy, "victims", ask, _problem_with, lambda: ())
 

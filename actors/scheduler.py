@@ -1,8 +1,9 @@
 """The scheduler's Ray shell: feeds events to the pure scheduler, in order, and carries out what it says.
 
 It decides nothing and holds no KV: it knows handles of node stores and replicas, and the futures of clients that wait
-for their turn's dispatch. A command's outcome comes back as the next event. If this actor dies, Ray restarts it empty;
-node stores and replicas notice at their next heartbeat and register again, clients submit again.
+for their turn's dispatch. A command's outcome comes back as the next event. What it hears and says can be
+recorded (recorder.py). If this actor dies, Ray restarts it empty; node stores and replicas notice at their next
+heartbeat and register again, clients submit again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
+from actors.recorder import Recorder, RecordPlan
 from policies import messages as m
 from policies.places import SHARED
 from policies.scheduler import Scheduler
@@ -44,9 +46,14 @@ class SchedulerActor:
     """Plain class; becomes an async actor in cluster/bringup.py."""
 
     def __init__(
-        self, config: m.SchedulerConfig, silence_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        config: m.SchedulerConfig,
+        silence_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        record: RecordPlan | None = None,
     ) -> None:
-        self._scheduler = Scheduler(config)
+        self._scheduler = Scheduler(config, stopwatch=time.perf_counter)
+        self._recorder = Recorder(record, config, time.time()) if record is not None else None
         self._silence_s = silence_s
         self._clock = clock
         self._stores: dict[m.NodeId, _Member] = {}
@@ -106,11 +113,17 @@ class SchedulerActor:
         self._hear(events)
 
     async def snapshot(self) -> dict[str, Any]:
-        return self._scheduler.snapshot()
+        recording = self._recorder.state if self._recorder is not None else None
+        return {**self._scheduler.snapshot(), "recording": recording}
 
     async def check(self) -> None:
         """Raises if the scheduler's indices contradict each other."""
         self._scheduler.check()
+
+    async def stop_recording(self) -> None:
+        """When this returns, everything that was heard so far is in the event log, and nothing more will be."""
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
 
     # --- the loop: events in, commands out ----------------------------------------------------------------------------
 
@@ -120,11 +133,25 @@ class SchedulerActor:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         try:
             for event in events:
-                for command in self._scheduler.handle(event, self._clock()):
+                for command in self._answer(event, self._clock()):
                     self._do(command)
         except Exception:
             log.exception("the scheduler broke; it starts anew")
+            if self._recorder is not None:
+                self._recorder.close()
             os._exit(1)
+
+    def _answer(self, event: m.Event, now: float) -> list[m.Command]:
+        recorder = self._recorder
+        if recorder is None:
+            return self._scheduler.handle(event, now)
+        try:
+            commands = self._scheduler.handle(event, now)
+        except Exception as error:
+            recorder.note(now, event, (), error=f"{type(error).__name__}: {error}")
+            raise
+        recorder.note(now, event, commands, self._scheduler.board.guard.last_benched)
+        return commands
 
     async def _tick(self) -> None:
         while True:
@@ -135,6 +162,8 @@ class SchedulerActor:
             for replica_id in [i for i, member in self._replicas.items() if now - member.last_heard > self._silence_s]:
                 self._lose_replica(replica_id)
             self._hear([m.Tick()])
+            if self._recorder is not None:
+                self._spawn(asyncio.to_thread(self._recorder.flush))
 
     def _do(self, command: m.Command) -> None:
         match command:

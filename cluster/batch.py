@@ -111,7 +111,8 @@ def _run(cluster: Running, options: BatchOptions, listener: Listener, work: Work
     stores = cluster.store_stats()
     answered = {row.conversation_id for row in runs[0].rows if not row.failed}
     skipped = work.num_bad + sum(conversation.id not in answered for conversation in work.conversations)
-    report = build_report(runs[0], runs[1] if options.compare else None, stores, skipped)
+    other = runs[1] if options.compare else None
+    report = build_report(runs[0], other, stores, skipped, cluster.scheduler_stats())
     (Path(options.out) / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -31,6 +31,7 @@ from actors.scheduler import SchedulerActor
 from actors.shard import ModelInfo, ShardPlan
 from cluster.client import Client
 from cluster.config import Config, ConfigError
+from cluster.recording import check_recording, end_recording, record_plan
 from policies.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,13 @@ class Running:
     def store_stats(self) -> list[dict[str, Any]]:
         return list(ray.get([store.stats.remote() for store in self.stores.values()], timeout=30))
 
+    def scheduler_stats(self) -> dict[str, Any]:
+        """Empty while it restarts."""
+        try:
+            return dict(ray.get(self.scheduler.snapshot.remote(), timeout=30))
+        except RayError:
+            return {}
+
     def replica_stats(self) -> list[dict[str, Any]]:
         return list(ray.get([replica.stats.remote() for replica in self.replicas.values()], timeout=30))
 
@@ -94,6 +102,8 @@ def running(config: Config) -> Iterator[Running]:
     try:
         yield _bring_up(config, actors)
     finally:
+        if config.cluster.record and actors:
+            end_recording(actors[0])
         _tear_down(actors, started_ray)
 
 
@@ -101,6 +111,8 @@ def _check(config: Config) -> None:
     """What can be told before anything is started."""
     if not config.model.path:
         raise ConfigError("no model: give --model, or model.path in the configuration (a folder or a hub id)")
+    if config.scheduler.strict_policies:
+        raise ConfigError("scheduler.strict_policies is for `reprise lab`; a cluster goes on after a fault: set false")
     try:
         Scheduler(config.scheduler)
     except ValueError as error:
@@ -149,7 +161,7 @@ def _bring_up(config: Config, actors: list[Any]) -> Running:
     scheduler = (
         ray.remote(SchedulerActor)
         .options(name=names.scheduler, num_cpus=0, max_restarts=-1, max_concurrency=MAX_WAITING, max_task_retries=0)
-        .remote(config.scheduler, SILENCE_BEATS * config.cluster.heartbeat_s)
+        .remote(config.scheduler, SILENCE_BEATS * config.cluster.heartbeat_s, record=record_plan(config.cluster))
     )
     actors.append(scheduler)
     stores = {node["NodeID"]: _create_store(config, node, names) for node in nodes}
@@ -158,6 +170,7 @@ def _bring_up(config: Config, actors: list[Any]) -> Running:
     actors += replicas.values()
     try:
         limit_s = config.cluster.start_limit_s
+        check_recording(scheduler, limit_s)
         ray.get([store.ready.remote() for store in stores.values()], timeout=limit_s)
         infos: list[ModelInfo] = ray.get([replica.ready.remote() for replica in replicas.values()], timeout=limit_s)
     except GetTimeoutError:

@@ -43,6 +43,8 @@ MODEL_EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns every expected error into one line and an exit code."""
     options = _parser().parse_args(arguments)
+    if os.getcwd() not in sys.path:  # policies of one's own are found from where one stands
+        sys.path.append(os.getcwd())
     logging.basicConfig(level=logging.WARNING if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
     from actors.engine.loading import ModelError
     from cluster.bringup import BringUpError
@@ -127,6 +129,7 @@ def _add_batch(commands: Any) -> None:
     run.add_argument("--resume", action="store_true", help="go on with what --out already has")
     run.add_argument("--compare", action="store_true", help="run again with reuse off and compare answers and speed")
     run.add_argument("--strict", action="store_true", help="stop at the first bad conversation")
+    run.add_argument("--record", metavar="FILE", help="add the scheduler's event log to this file (cluster.record)")
     run.add_argument("--json", action="store_true", help="print the report as JSON")
     batch.set_defaults(run=_run_batch)
 
@@ -180,6 +183,7 @@ def _run_batch(options: argparse.Namespace) -> None:
         ("model.path", options.model),
         ("model.dtype", options.dtype),
         ("cluster.num_replicas", options.replicas),
+        ("cluster.record", options.record),
     ):
         if value is not None:
             overrides.append(f"{field}={json.dumps(value)}")

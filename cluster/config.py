@@ -101,6 +101,10 @@ class ClusterSection:
     """How long the replicas may take to load their model."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
     """How often node stores and replicas report; silent for ten times as long counts as lost."""
+    record: str | None = None
+    """A file on the scheduler's node, to which what the scheduler hears and answers is added (docs/event-log.md)."""
+    record_max_bytes: Annotated[Bytes, Field(gt=0)] = 1024**3
+    """Recording ends when the file has this size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,8 @@ class Config:
             raise ConfigError(
                 f"model.kv_tokens ({model.kv_tokens}) must hold at least two chunks of {model.chunk_tokens}"
             )
+        if self.cluster.record is not None and "://" in self.cluster.record:
+            raise ConfigError(f"cluster.record is {self.cluster.record}: name a file of the scheduler's node, no URL")
 
 
 def load_config(file: str | None = None, overrides: Sequence[str] = ()) -> Config:

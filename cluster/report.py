@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.table import Table
 
 from cluster.results import Row
+
+SCHEDULER_FIGURES: dict[str, Any] = {"policy_faults": {}, "policy_fault_texts": [], "recording": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,13 @@ def differing(one: Sequence[Row], other: Sequence[Row]) -> list[tuple[str, int]]
 
 
 def build_report(
-    main: PassResult, other: PassResult | None, stores: Sequence[dict[str, Any]], skipped: int
+    main: PassResult,
+    other: PassResult | None,
+    stores: Sequence[dict[str, Any]],
+    skipped: int,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything as plain numbers; the names are documented in docs/batch.md."""
+    """Everything as plain values; the names are documented in docs/batch.md. `scheduler`: its snapshot."""
     rows = main.rows
     good = [row for row in rows if not row.failed]
     reused = _sum(row.reused_tokens for row in good)
@@ -66,6 +72,7 @@ def build_report(
         "attempts": Counter(row.attempts for row in rows),
         "retried_tokens": sum(row.retried_tokens for row in rows),
         **_store_totals(stores),
+        **{name: (scheduler or {}).get(name) or empty for name, empty in SCHEDULER_FIGURES.items()},
     }
 
 
@@ -138,7 +145,18 @@ def _summary_table(report: dict[str, Any]) -> Table:
     if report["answers_differing"] is not None:
         table.add_row("answers that differ without reuse", f"{report['answers_differing']:,}")
     table.add_row("prompt tokens", f"{report['prompt_tokens']:,}, {report['hit_rate']:.1%} reused")
+    if report["policy_faults"]:
+        first, *others = report["policy_fault_texts"]
+        more = f", and {len(others)} other kinds" if others else ""
+        table.add_row("policy faults", f"{sum(report['policy_faults'].values()):,}: {first}{more}")
+    if report["recording"]:
+        table.add_row("event log", _describe_recording(report["recording"]))
     return table
+
+
+def _describe_recording(recording: Mapping[str, Any]) -> str:
+    what = f"{recording['num_events']:,} events in {recording['path']} on {recording['host']}"
+    return f"{what}, then no more: {recording['problem']}" if recording["problem"] else what
 
 
 def _speed_table(report: dict[str, Any]) -> Table:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from policies.candidates import Candidates
 from policies.catalog import Catalog, Chunk, Copy, CopyState
 from policies.fleet import Fleet
-from policies.messages import ChunkKey, Command, NodeId, RestorePlan, SchedulerConfig, SessionId
+from policies.messages import ChunkKey, Command, NodeId, RestorePlan, SchedulerConfig
 from policies.ordered import SortedKeys
-from policies.outlook import Outlook
+from policies.outlook import Outlook, sessions_in
 from policies.places import Place
 from policies.plugins import Guard
 from policies.queue import Order, WaitingQueue
+from policies.sessions import Sessions
 from policies.timers import Timers
 
 
@@ -28,6 +29,7 @@ class Board:
     fleet: Fleet
     candidates: Candidates
     guard: Guard
+    sessions: Sessions
     timers: Timers = field(default_factory=Timers)
     counters: Counter[str] = field(default_factory=Counter)
     now: float = 0.0
@@ -39,7 +41,6 @@ class Board:
     claims: dict[NodeId, SortedKeys[Order]] = field(default_factory=dict)  # who waits there for bytes or a fetch slot
     superseded: dict[ChunkKey, None] = field(default_factory=dict)  # to be dropped as soon as they are idle
     failed: dict[tuple[ChunkKey, Place], float] = field(default_factory=dict)  # do not try again before
-    session_ends: OrderedDict[SessionId, int] = field(default_factory=OrderedDict)  # tokens offered so far
     when_overdue: dict[CopyState, Callable[[Chunk, Copy], None]] = field(default_factory=dict)
     _outlook: Outlook | None = None
 
@@ -67,11 +68,15 @@ class Board:
     def outlook(self) -> Outlook:
         """The figures policies may see, as of this event."""
         if self._outlook is None:
+            session_bytes = self.queue.mean_prompt_tokens * self.catalog.bytes_per_token
+            budget_bytes = self.fleet.dram_budget_bytes + self.fleet.ssd_budget_bytes
             self._outlook = Outlook(
                 num_waiting=len(self.queue),
                 dram_budget_bytes=self.fleet.dram_budget_bytes,
                 ssd_budget_bytes=self.fleet.ssd_budget_bytes,
-                session_bytes=self.queue.mean_prompt_tokens * self.catalog.bytes_per_token,
+                session_bytes=session_bytes,
+                now=self.now,
+                window_end=self.queue.nth(sessions_in(budget_bytes, session_bytes, len(self.queue))),
             )
         return self._outlook
 
@@ -128,12 +133,3 @@ class Board:
         """The first of those who wait there."""
         orders = self.claims.get(node_id)
         return orders.first(count) if orders is not None else []
-
-    # --- sessions -----------------------------------------------------------------------------------------------------
-
-    def note_session(self, session_id: SessionId, end: int) -> None:
-        """Tokens up to `end` of this session were offered for saving. Remembered for as many sessions as ghosts."""
-        self.session_ends[session_id] = max(end, self.session_ends.get(session_id, 0))
-        self.session_ends.move_to_end(session_id)
-        if len(self.session_ends) > self.config.ghosts:
-            self.session_ends.popitem(last=False)

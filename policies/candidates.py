@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import cast
 
 from policies.catalog import Catalog, Chunk, Copy, CopyState, Family
-from policies.eviction import EvictionPolicy
-from policies.messages import ChunkKey
+from policies.eviction import EvictionPolicy, Learner
+from policies.messages import Cause, ChunkKey
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.plugins import Guard
@@ -24,6 +25,7 @@ class Candidates:
         self.ordered: dict[Place, dict[ChunkKey, None]] = {}  # what the policy was told; also the safe default order
         self.expired: dict[Place, dict[ChunkKey, None]] = {}
         self._catalog, self._queue, self._policy, self._guard = catalog, queue, policy, guard
+        self._learner = cast(Learner, policy) if _is_learner(policy) else None
 
     def refresh(self, chunk: Chunk) -> None:
         chunk.next_use = self.find_next_use(chunk)
@@ -40,7 +42,7 @@ class Candidates:
             if chunk is not None:
                 self.refresh(chunk)
 
-    def first(self, place: Place, count: int) -> Sequence[ChunkKey]:
+    def first(self, place: Place, count: int, outlook: Callable[[], Outlook]) -> Sequence[ChunkKey]:
         """The `count` candidates of a place that go first."""
         expired = list(islice(self.expired.get(place, ()), count))
         wanted = count - len(expired)
@@ -51,11 +53,23 @@ class Candidates:
         victims: Sequence[ChunkKey] = self._guard.consult(
             self._policy,
             "victims",
-            ask=lambda: self._policy.victims(place, wanted),
+            ask=lambda: self._policy.victims(place, wanted, outlook()),
             problem=lambda keys: _problem_with(keys, wanted, ordered),
             default=lambda: list(islice(ordered, wanted)),
         )
         return [*expired, *victims]
+
+    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:
+        """Let a policy that learns hear of a prompt."""
+        learner = self._learner
+        if learner is not None:
+            self._guard.tell(self._policy, "note_prompt", lambda: learner.note_prompt(keys, now))
+
+    def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
+        """Let a policy that learns hear of a turn's end."""
+        learner = self._learner
+        if learner is not None:
+            self._guard.tell(self._policy, "note_answer", lambda: learner.note_answer(keys, turn, answer_tokens, now))
 
     def may_drop(self, chunk: Chunk, outlook: Callable[[], Outlook]) -> bool:
         """Whether the last copy of a victim may go for good."""
@@ -97,7 +111,8 @@ class Candidates:
                 del self.expired[place][key]
             else:
                 del self.ordered[place][key]
-                self._guard.tell(self._policy, "remove", lambda: self._policy.remove(place, key))
+                evicted = copy.leaving or (copy.state is CopyState.DROPPING and copy.cause is Cause.EVICTED)
+                self._guard.tell(self._policy, "remove", lambda: self._policy.remove(place, key, evicted=evicted))
         copy.listed_as = listing
         if listing is None:
             return
@@ -106,6 +121,10 @@ class Candidates:
         else:
             self.ordered.setdefault(place, {})[key] = None
             self._guard.tell(self._policy, "add", lambda: self._policy.add(place, chunk))
+
+
+def _is_learner(policy: object) -> bool:
+    return all(callable(getattr(policy, verb, None)) for verb in ("note_prompt", "note_answer"))
 
 
 def _is_expired(listing: tuple[object, ...] | None) -> bool:

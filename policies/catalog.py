@@ -16,6 +16,7 @@ from policies.leases import Leases
 from policies.messages import Cause, ChunkInfo, ChunkKey, Mark, ReplicaId
 from policies.places import Account, Place
 from policies.queue import Order
+from policies.sessions import SessionRecord
 
 MAX_CARRIERS = 16  # of a mark inside a chunk: how many chunks are looked at, oldest first
 
@@ -85,8 +86,20 @@ class Chunk:
     last_used: float
     copies: dict[Place, Copy] = field(default_factory=dict)
     next_use: Order | None = None  # the first waiting turn that needs it
+    num_uses: int = 1  # turns that stored or read it
+    session: SessionRecord | None = None  # the conversation that used it last
     superseded: bool = False  # a longer chunk serves all its marks; it goes when it is idle
     expired: bool = False  # unused for longer than a session's time to live
+
+    @property
+    def turn(self) -> int:
+        """Which turn the conversation that used it last is at; 0 is unknown."""
+        return self.session.turn if self.session is not None else 0
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of that conversation's last answer; 0 is unknown."""
+        return self.session.answer_tokens if self.session is not None else 0
 
     @property
     def is_live(self) -> bool:
@@ -158,11 +171,13 @@ class Catalog:
 
     # --- copies coming ------------------------------------------------------------------------------------------------
 
-    def begin_save(self, info: ChunkInfo, place: Place, now: float) -> Copy | None:
-        """Reserve bytes for a new chunk in DRAM; None, and nothing changes, when they do not fit."""
+    def begin_save(self, info: ChunkInfo, session: SessionRecord | None, place: Place, now: float) -> Copy | None:
+        """Reserve bytes for a new chunk of a conversation in DRAM; None, and nothing changes, when they do not fit."""
         if not self.accounts[place].reserve(info.num_bytes):
             return None
-        return self._enter(self._learn(info, now), Copy(place, CopyState.SAVING, info.num_bytes))
+        chunk = self._learn(info, now)
+        chunk.session = session
+        return self._enter(chunk, Copy(place, CopyState.SAVING, info.num_bytes))
 
     def begin_copy(self, chunk: Chunk, place: Place, state: CopyState, source: Copy) -> Copy | None:
         """Reserve bytes for a Fetch or Demote and hold its source; None, and nothing changes, when they do not fit."""
@@ -240,6 +255,12 @@ class Catalog:
         chunk.expired = False
         self.recency[chunk.key] = None
         self.recency.move_to_end(chunk.key)
+
+    def use(self, chunk: Chunk, session: SessionRecord | None, now: float) -> None:
+        """A turn of this conversation reads the chunk."""
+        chunk.num_uses += 1
+        chunk.session = session
+        self.touch(chunk, now)
 
     def expire(self, before: float) -> None:
         """Chunks last used before this time are the first to go from now on."""

@@ -75,15 +75,18 @@ class Dispatcher:
         self._fleet.replicas[event.replica_id].start(event.turn_id)
         self._catalog.leases.release(event.turn_id)
 
-    def on_finished(self, event: TurnFinished) -> None:
+    def on_finished(self, event: TurnFinished) -> Turn | None:
+        """Its slot is free; the turn, if this was its current attempt."""
         replica = self._fleet.replicas.get(event.replica_id)
         record = self.turns.get(event.turn_id)
         if replica is not None and replica.release_stale(event.turn_id, event.attempt):
             self._is_due = True
         elif replica is not None and record is not None and record.is_at(event.replica_id, event.attempt):
             self._release(record, replica)
+            return record.turn
         else:
             self._board.note_stale("TurnFinished")
+        return None
 
     def on_dispatch_failed(self, command: Dispatch) -> None:
         """The turn waits again, where it stood; the replica is left alone for a moment."""
@@ -274,11 +277,12 @@ class Dispatcher:
     def _dispatch(self, record: TurnRecord, replica: Replica) -> None:
         turn, spec = record.turn, replica.spec
         restore = plan_restore(
-            turn, self._catalog, self._fleet.places_of(spec.node_id), self._board.session_ends.get(turn.session_id)
+            turn, self._catalog, self._fleet.places_of(spec.node_id), self._board.sessions.offered_end(turn.session_id)
         )
         self._leave_queue(record)
+        session = self._board.sessions.get(turn.session_id)
         for chunk, _ in restore.reads:
-            self._catalog.touch(chunk, self._board.now)
+            self._catalog.use(chunk, session, self._board.now)
         deadline = self._board.now + self._board.config.lease_s
         self._catalog.leases.grant(turn.turn_id, restore.reads, deadline)
         self._board.timers.at(deadline, self._expire_lease, turn.turn_id, deadline)

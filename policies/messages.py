@@ -378,6 +378,8 @@ class SchedulerConfig:
     prefetch: str = "policies.prefetch:LookAhead"
     placement: str = "policies.placement:EarliestStart"
     admission: str = "policies.admission:Always"
+    policy_limit_s: float = 0.1  # a policy's answer that takes longer is a fault; see plugins.Guard
+    strict_policies: bool = False  # the first fault of a policy ends the run (in the laboratory)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.low_watermark <= self.high_watermark <= 1.0:
@@ -404,4 +406,5 @@ _DURATIONS = (
     "retry_s",
     "offer_deadline_s",
     "session_ttl_s",
+    "policy_limit_s",
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from policies.queue import Order
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
@@ -13,16 +15,20 @@ class Outlook:
     dram_budget_bytes: int
     ssd_budget_bytes: int
     session_bytes: float  # S_kv: mean KV bytes of a waiting session; 0 while unknown
+    now: float = 0.0  # seconds, of the event at hand
+    window_end: Order | None = None  # of the first waiting turn outside the eviction window; None: all are inside
 
     @property
     def prefetch_window(self) -> int:
         """L_pw = C_dram / S_kv turns (CachedAttention, section 3.3)."""
-        return self._sessions_in(self.dram_budget_bytes)
+        return sessions_in(self.dram_budget_bytes, self.session_bytes, self.num_waiting)
 
     @property
     def eviction_window(self) -> int:
         """(C_dram + C_ssd) / S_kv turns (CachedAttention, section 3.3)."""
-        return self._sessions_in(self.dram_budget_bytes + self.ssd_budget_bytes)
+        return sessions_in(self.dram_budget_bytes + self.ssd_budget_bytes, self.session_bytes, self.num_waiting)
 
-    def _sessions_in(self, num_bytes: int) -> int:
-        return int(num_bytes / self.session_bytes) if self.session_bytes > 0 else self.num_waiting
+
+def sessions_in(num_bytes: int, session_bytes: float, num_waiting: int) -> int:
+    """How many sessions so many bytes hold; all that wait while their size is unknown."""
+    return int(num_bytes / session_bytes) if session_bytes > 0 else num_waiting

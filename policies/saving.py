@@ -27,6 +27,7 @@ from policies.messages import (
 from policies.places import Place, place_of
 from policies.queue import FIRST
 from policies.restore import find_copy
+from policies.sessions import SessionRecord
 
 
 class Verdict(Enum):
@@ -42,6 +43,7 @@ class Verdict(Enum):
 class PendingOffer:
     info: ChunkInfo
     replica_id: ReplicaId
+    session: SessionRecord | None
 
 
 class Saver:
@@ -59,7 +61,7 @@ class Saver:
     def on_ready(self, event: ChunksReady) -> None:
         saves, declines = [], []
         for info in event.chunks:
-            self._board.note_session(event.session_id, info.end)
+            self._board.sessions.note_offer(event.session_id, info.end)
             verdict = self._judge(event, info)
             if verdict is Verdict.SAVE:
                 saves.append(info)
@@ -80,13 +82,14 @@ class Saver:
             return Verdict.REPEATED
         if self._is_stored(info, place):
             return Verdict.DECLINE
+        session = self._board.sessions.get(event.session_id)
         has_parent = info.start == 0 or self._has_parent(info, event.node_id)
         if not has_parent or info.num_bytes > account.budget_bytes or not self._is_admitted(event, info):
             self._catalog.remember(info.key, Cause.DECLINED)
             return Verdict.DECLINE
-        if not self.pending[event.node_id] and self._begin(info, event.replica_id, place):
+        if not self.pending[event.node_id] and self._begin(PendingOffer(info, event.replica_id, session), place):
             return Verdict.SAVE
-        return self._let_wait(info, event.replica_id, event.node_id)
+        return self._let_wait(PendingOffer(info, event.replica_id, session), event.node_id)
 
     def _is_repeated(self, event: ChunksReady, info: ChunkInfo) -> bool:
         offer = self.pending[event.node_id].get(info.key)
@@ -133,30 +136,30 @@ class Saver:
             default=lambda: True,
         )
 
-    def _begin(self, info: ChunkInfo, replica_id: ReplicaId, place: Place) -> bool:
+    def _begin(self, offer: PendingOffer, place: Place) -> bool:
         """Reserve the chunk's bytes in DRAM, if they are free and no older copy is on its way out there."""
-        chunk = self._catalog.chunks.get(info.key)
+        chunk = self._catalog.chunks.get(offer.info.key)
         if chunk is not None and place in chunk.copies:
             return False
-        copy = self._catalog.begin_save(info, place, self._board.now)
+        copy = self._catalog.begin_save(offer.info, offer.session, place, self._board.now)
         if copy is None:
             return False
-        copy.replica_id = replica_id
-        self._board.expect(self._catalog.chunks[info.key], copy, self._board.config.command_deadline_s)
+        copy.replica_id = offer.replica_id
+        self._board.expect(self._catalog.chunks[offer.info.key], copy, self._board.config.command_deadline_s)
         self._board.changed_places.add(place)
         return True
 
     # --- offers that wait for bytes -----------------------------------------------------------------------------------
 
-    def _let_wait(self, info: ChunkInfo, replica_id: ReplicaId, node_id: NodeId) -> Verdict:
+    def _let_wait(self, offer: PendingOffer, node_id: NodeId) -> Verdict:
         pending = self.pending[node_id]
         if len(pending) >= self._board.config.max_pending_offers:
-            self._catalog.remember(info.key, Cause.DECLINED)
+            self._catalog.remember(offer.info.key, Cause.DECLINED)
             return Verdict.DECLINE
-        offer = pending[info.key] = PendingOffer(info, replica_id)
+        pending[offer.info.key] = offer
         self._board.claim(node_id, FIRST)
         self._board.timers.at(self._board.now + self._board.config.offer_deadline_s, self._give_up, node_id, offer)
-        self._evictor.make_room(Place(node_id, Tier.DRAM), info.num_bytes)
+        self._evictor.make_room(Place(node_id, Tier.DRAM), offer.info.num_bytes)
         return Verdict.WAIT
 
     def retry(self, node_id: NodeId) -> None:
@@ -170,7 +173,7 @@ class Saver:
             if self._is_stored(info, place) or not (info.start == 0 or self._has_parent(info, node_id)):
                 self._catalog.remember(info.key, Cause.DECLINED)
                 self._decline(offer.replica_id, [info.key])
-            elif self._begin(info, offer.replica_id, place):
+            elif self._begin(offer, place):
                 saves[offer.replica_id].append(info)
             else:
                 pending[info.key] = offer

@@ -33,6 +33,7 @@ from policies.plugins import Guard, load_policy, require_verbs
 from policies.prefetch import PrefetchPolicy
 from policies.queue import WaitingQueue
 from policies.saving import Saver
+from policies.sessions import Sessions
 
 MAX_ROUNDS = 8  # of settling after one event; what is left over waits for the next
 
@@ -55,23 +56,29 @@ class Scheduler:
         prefetch: PrefetchPolicy | None = None,
         placement: PlacementPolicy | None = None,
         admission: AdmissionPolicy | None = None,
+        stopwatch: Callable[[], float] | None = None,
     ) -> None:
-        """ValueError, with advice, for a policy that cannot be found or lacks a verb."""
+        """ValueError, with advice, for a policy that cannot be found or lacks a verb.
+
+        With a stopwatch (seconds) slow policies are found out, see `plugins.Guard`.
+        """
         self.config = config or m.SchedulerConfig()
-        catalog, queue, guard = Catalog(self.config.ghosts), WaitingQueue(), Guard()
+        guard = Guard(self.config.policy_limit_s, self.config.strict_policies, stopwatch)
+        catalog, queue = Catalog(self.config.ghosts), WaitingQueue()
         candidates = Candidates(catalog, queue, cast(EvictionPolicy, self._policy("eviction", eviction)), guard)
         catalog.watch = candidates.refresh
-        self.board = Board(self.config, catalog, queue, Fleet(), candidates, guard)
+        sessions = Sessions(self.config.ghosts)
+        self.board = Board(self.config, catalog, queue, Fleet(), candidates, guard, sessions)
         self.evictor = Evictor(self.board)
         self.saver = Saver(self.board, self.evictor, cast(AdmissionPolicy, self._policy("admission", admission)))
         self.fetcher = Fetcher(self.board, self.evictor, cast(PrefetchPolicy, self._policy("prefetch", prefetch)))
         placer = Placer(self.board, cast(PlacementPolicy, self._policy("placement", placement)))
         self.dispatcher = Dispatcher(self.board, self.fetcher, placer)
         self._handlers: dict[type, Callable[[Any], None]] = {
-            m.TurnSubmitted: lambda event: self.dispatcher.submit(event.turn),
+            m.TurnSubmitted: lambda event: self._on_submitted(event.turn),
             m.TurnCancelled: self._on_cancelled,
             m.TurnStarted: self.dispatcher.on_started,
-            m.TurnFinished: self.dispatcher.on_finished,
+            m.TurnFinished: self._on_finished,
             m.ChunksReady: self.saver.on_ready,
             m.ChunksSaved: self.saver.on_saved,
             m.ChunkFetched: self.fetcher.on_fetched,
@@ -101,6 +108,7 @@ class Scheduler:
         board.timers.run_due(board.now)
         self._handlers[type(event)](event)
         self._settle()
+        board.guard.settle()
         return board.outbox
 
     def _settle(self) -> None:
@@ -137,6 +145,19 @@ class Scheduler:
             self.fetcher.note_change()
 
     # --- events that concern several desks ----------------------------------------------------------------------------
+
+    def _on_submitted(self, turn: m.Turn) -> None:
+        self.board.sessions.note_turn(turn.session_id, turn.turn_id, turn.num_prompt_tokens)
+        if turn.reuse:
+            self.board.candidates.note_prompt([mark.key for mark in turn.prompt], self.board.now)
+        self.dispatcher.submit(turn)
+
+    def _on_finished(self, event: m.TurnFinished) -> None:
+        turn = self.dispatcher.on_finished(event)
+        session = self.board.sessions.get(turn.session_id) if turn is not None else None
+        if turn is not None and session is not None and turn.reuse:
+            keys = [mark.key for mark in turn.prompt]
+            self.board.candidates.note_answer(keys, session.turn, session.answer_tokens, self.board.now)
 
     def _on_cancelled(self, event: m.TurnCancelled) -> None:
         if not self.dispatcher.cancel(event.turn_id):
@@ -238,6 +259,7 @@ class Scheduler:
             "tiers": {_name(place): _figures(account) for place, account in board.catalog.accounts.items()},
             "counters": dict(board.counters),
             "policy_faults": dict(board.guard.num_faults),
+            "policy_fault_texts": board.guard.texts(),
         }
 
 

@@ -42,6 +42,11 @@ class KeptChunk:
     slot: int | None
     """Of a tail."""
     num_turns: int = 0
+    """That run and use it."""
+    num_uses: int = 1
+    turn: int = 0
+    """Of its conversation: unknown here, as is the length of its answer."""
+    answer_tokens: int = 0
 
     @property
     def is_tail(self) -> bool:
@@ -170,6 +175,7 @@ class KeptChunks:
         """A turn uses these full chunks: it holds their blocks from now on."""
         for chunk in chunks:
             chunk.num_turns += 1
+            chunk.num_uses += 1
             chunk.last_used = now
             self.blocks.hold(chunk.blocks)
             self._relist(chunk)

@@ -21,15 +21,15 @@ class Backwards:
     def add(self, place: object, chunk: object) -> None:
         self.keys[chunk.key] = chunk.last_used  # type: ignore[attr-defined]
 
-    def remove(self, place: object, key: str) -> None:
+    def remove(self, place: object, key: str, *, evicted: bool) -> None:
         del self.keys[key]
 
-    def victims(self, place: object, count: int) -> list[str]:
+    def victims(self, place: object, count: int, outlook: object) -> list[str]:
         return sorted(self.keys, key=lambda key: -self.keys[key])[:count]
 
 
 class Broken(Backwards):
-    def victims(self, place: object, count: int) -> list[str]:
+    def victims(self, place: object, count: int, outlook: object) -> list[str]:
         raise RuntimeError("no idea")
 
 
@@ -67,7 +67,7 @@ def test_a_policy_without_the_verbs_is_refused() -> None:
 
 
 class Speechless(Backwards):
-    def victims(self, place: object, count: int) -> None:  # type: ignore[override]
+    def victims(self, place: object, count: int, outlook: object) -> None:  # type: ignore[override]
         return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
+from cluster.conversations import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,6 +192,26 @@ def test_config_show_is_a_file_to_start_from(tmp_path: Path, capsys: pytest.Capt
     file.write_text(capsys.readouterr().out)
     assert main(["config", "show", "--config", str(file)]) == 0
     assert "num_replicas: 3" in capsys.readouterr().out
+
+
+def test_policies_of_ones_own_are_found_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "show"]) == 0
+    assert sys.path[-1] == str(tmp_path), "after everything that is installed"
+
+
+def test_an_event_log_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def run_batch(config: Any, *_: Any) -> None:
+        seen.append(config.cluster.record)
+        raise InputError("enough")
+
+    monkeypatch.setattr("cluster.batch.run_batch", run_batch)
+    assert main(["batch", "chats", "--model", "m", "--out", str(tmp_path), "--record", "logs/a b.jsonl"]) == 2
+    assert main(["batch", "chats", "--model", "m", "--out", str(tmp_path)]) == 2
+    assert seen == ["logs/a b.jsonl", None]
 
 
 def test_an_unwritable_output_is_told(chats: Path, small_model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import bringup
 from cluster.config import Config, ConfigError, config_from, config_to_yaml, load_config
 
 
@@ -37,6 +38,9 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("cluster.num_replicas=0", "cluster.num_replicas"),
         ("scheduler.lease_s=soon", "scheduler.lease_s"),
         ("model.chunk_tokens=17", "multiple of model.block_tokens"),
+        ("cluster.record=s3://bucket/log", "cluster.record is s3://bucket/log: name a file of the scheduler's node"),
+        ("cluster.record_max_bytes=0", "cluster.record_max_bytes"),
+        ("scheduler.policy_limit_s=0", "policy_limit_s is 0"),
         ("nonsense", "section.field=value"),
     ],
 )
@@ -56,6 +60,21 @@ def test_bad_files_are_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration nowhere\.yaml"):
         load_config("nowhere.yaml")
+
+
+def test_strict_policies_are_for_the_laboratory() -> None:
+    config = load_config(None, ["model.path=somewhere", "scheduler.strict_policies=true"])
+    with pytest.raises(ConfigError, match="strict_policies is for `reprise lab`"), bringup.running(config):
+        pass
+
+
+def test_a_policy_that_cannot_be_made_is_told_before_anything_starts() -> None:
+    config = load_config(None, ["model.path=somewhere", "scheduler.eviction=policies.eviction:Lru(size=3)"])
+    with (
+        pytest.raises(ConfigError, match=r"scheduler: eviction policy .*'size'.*accepts no options"),
+        bringup.running(config),
+    ):
+        pass
 
 
 def test_empty_sections_are_defaults() -> None:

@@ -1,6 +1,7 @@
 import io
 import json
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -82,6 +83,32 @@ def test_the_report_is_json_and_a_table() -> None:
     assert "10.0×" in text
     assert "reused from dram" in text
     assert "recomputed: never stored" in text
+
+
+def test_what_the_scheduler_reports_is_shown_if_there_is_anything() -> None:
+    report = build_report(WITH, None, [STORE], skipped=0)
+    assert (report["policy_faults"], report["policy_fault_texts"], report["recording"]) == ({}, [], None)
+    assert "policy faults" not in shown(report)
+    assert "event log" not in shown(report)
+    scheduler = {
+        "policy_faults": {"Mine.victims": 1200, "Mine.add": 34},
+        "policy_fault_texts": ["Mine.victims (mine.py:7) raised OSError [1200 times]", "another"],
+        "recording": {"path": "/logs/a", "host": "h1", "num_events": 5678, "num_bytes": 9, "problem": ""},
+        "chunks": 3,
+    }
+    report = build_report(WITH, None, [STORE], skipped=0, scheduler=scheduler)
+    assert "chunks" not in report
+    assert "1,234: Mine.victims (mine.py:7) raised OSError [1200 times], and 1 other kinds" in shown(report)
+    assert "5,678 events in /logs/a on h1 " in shown(report)
+    recording = {**scheduler["recording"], "problem": "full disk"}  # type: ignore[dict-item]
+    report = build_report(WITH, None, [STORE], skipped=0, scheduler={**scheduler, "recording": recording})
+    assert "5,678 events in /logs/a on h1, then no more: full disk" in shown(report)
+
+
+def shown(report: dict[str, Any]) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render(report))
+    return console.export_text()
 
 
 def test_quantiles() -> None:

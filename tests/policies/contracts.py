@@ -41,6 +41,9 @@ class Facts:
     stored_at: float = 0.0
     last_used: float = 0.0
     next_use: Order | None = None
+    num_uses: int = 1
+    turn: int = 1
+    answer_tokens: int = 0
 
 
 def draw_facts(random: Random, key: str) -> Facts:
@@ -52,6 +55,9 @@ def draw_facts(random: Random, key: str) -> Facts:
         stored_at=random.choice((1.0, 2.0, 3.0)),
         last_used=random.choice((3.0, 4.0, 5.0)),
         next_use=random.choice((None, None, (0, random.randrange(99)), (1, random.randrange(99)))),
+        num_uses=random.randrange(1, 6),
+        turn=random.randrange(9),
+        answer_tokens=random.choice((0, 30, 600)),
     )
 
 
@@ -67,7 +73,7 @@ class EvictionContract:
             place = random.choice((DRAM, SSD))
             if known[place] and random.random() < 0.3:
                 key = random.choice(sorted(known[place]))
-                policy.remove(place, key)
+                policy.remove(place, key, evicted=random.random() < 0.5)
                 del known[place][key]
             else:
                 facts = draw_facts(random, f"k{random.randrange(60)}")  # often again, with other facts
@@ -75,27 +81,27 @@ class EvictionContract:
                 known[place][facts.key] = facts
             for place, candidates in known.items():
                 count = random.randrange(1, 20)
-                victims = list(policy.victims(place, count))
+                victims = list(policy.victims(place, count, OUTLOOK))
                 assert len(victims) == len(set(victims)) == min(count, len(candidates))
                 assert set(victims) <= candidates.keys()
-                assert list(policy.victims(place, count)) == victims, "asking changes nothing"
-                assert list(policy.victims(place, count + 1))[: len(victims)] == victims, "an order, not a choice"
+                assert list(policy.victims(place, count, OUTLOOK)) == victims, "asking changes nothing"
+                assert list(policy.victims(place, count + 1, OUTLOOK))[: len(victims)] == victims, "an order, not a choice"
 
     def test_nothing_known_no_victims(self, policy: EvictionPolicy) -> None:
-        assert list(policy.victims(DRAM, 3)) == []
+        assert list(policy.victims(DRAM, 3, OUTLOOK)) == []
 
     def test_places_are_apart(self, policy: EvictionPolicy) -> None:
         policy.add(DRAM, Facts("a"))
         policy.add(SSD, Facts("a"))
         policy.add(SSD, Facts("b"))
-        policy.remove(SSD, "a")
-        assert list(policy.victims(DRAM, 9)) == ["a"]
-        assert list(policy.victims(SSD, 9)) == ["b"]
+        policy.remove(SSD, "a", evicted=True)
+        assert list(policy.victims(DRAM, 9, OUTLOOK)) == ["a"]
+        assert list(policy.victims(SSD, 9, OUTLOOK)) == ["b"]
 
     def test_equals_go_deepest_first(self, policy: EvictionPolicy) -> None:
         for start in (4, 0, 8):
             policy.add(DRAM, Facts(f"k{start}", start=start, end=start + 4))
-        assert list(policy.victims(DRAM, 3)) == ["k8", "k4", "k0"]
+        assert list(policy.victims(DRAM, 3, OUTLOOK)) == ["k8", "k4", "k0"]
 
     @pytest.mark.parametrize("position", [None, 0, 5, 10**6])
     def test_may_drop_says_yes_or_no(self, policy: EvictionPolicy, position: int | None) -> None:

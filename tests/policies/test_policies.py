@@ -34,7 +34,7 @@ class TestFifo(EvictionContract):
     def test_first_stored_first_out(self, policy: EvictionPolicy) -> None:
         for key, stored_at, last_used in (("b", 2.0, 2.0), ("a", 1.0, 9.0), ("c", 3.0, 3.0)):
             policy.add(DRAM, Facts(key, stored_at=stored_at, last_used=last_used))
-        assert list(policy.victims(DRAM, 3)) == ["a", "b", "c"]
+        assert list(policy.victims(DRAM, 3, OUTLOOK)) == ["a", "b", "c"]
 
 
 class TestLru(EvictionContract):
@@ -45,7 +45,7 @@ class TestLru(EvictionContract):
     def test_least_recently_used_first(self, policy: EvictionPolicy) -> None:
         for key, last_used in (("a", 1.0), ("b", 2.0), ("c", 3.0), ("a", 4.0)):
             policy.add(DRAM, Facts(key, last_used=last_used))
-        assert list(policy.victims(DRAM, 3)) == ["b", "c", "a"]
+        assert list(policy.victims(DRAM, 3, OUTLOOK)) == ["b", "c", "a"]
 
 
 class TestLookAhead(EvictionContract):
@@ -59,7 +59,7 @@ class TestLookAhead(EvictionContract):
         policy.add(DRAM, Facts("last", next_use=(5, 2)))
         policy.add(DRAM, Facts("recent", last_used=8.0))
         policy.add(DRAM, Facts("old", last_used=2.0))
-        assert list(policy.victims(DRAM, 5)) == ["old", "recent", "last", "tail", "head"]
+        assert list(policy.victims(DRAM, 5, OUTLOOK)) == ["old", "recent", "last", "tail", "head"]
 
     def test_the_window(self, policy: EvictionPolicy) -> None:
         """(1000 + 1000) / 100 bytes: 20 turns."""

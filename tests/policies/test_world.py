@@ -67,11 +67,11 @@ class Chaos:
         self._stumble()
         self._known.setdefault(place, set()).add(chunk.key)
 
-    def remove(self, place: Any, key: str) -> None:
+    def remove(self, place: Any, key: str, *, evicted: bool) -> None:
         self._stumble()
         self._known[place].discard(key)
 
-    def victims(self, place: Any, count: int) -> list[str]:
+    def victims(self, place: Any, count: int, outlook: Any) -> list[str]:
         self._stumble()
         known = sorted(self._known.get(place, ()))
         return self._random.sample(known, min(count, len(known)))

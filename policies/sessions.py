@@ -1,0 +1,63 @@
+"""What is remembered of conversations: how far they went, which turn they are at. Knows no chunks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from policies.messages import SessionId, TurnId
+
+
+@dataclass(slots=True, eq=False)
+class SessionRecord:
+    """One conversation. `turn` counts the turns it submitted (attempts at one turn count once)."""
+
+    turn: int = 0
+    last_turn_id: TurnId | None = None
+    prompt_tokens: int = 0  # of its last turn
+    answer_tokens: int = 0  # of the last turn that ended
+    offered_end: int | None = None  # tokens offered for saving so far; None: nothing yet
+
+
+class Sessions:
+    """The conversations that spoke last; beyond `max_sessions` the longest silent one is forgotten."""
+
+    def __init__(self, max_sessions: int) -> None:
+        self.records: OrderedDict[SessionId, SessionRecord] = OrderedDict()
+        self._max_sessions = max_sessions
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def note_turn(self, session_id: SessionId, turn_id: TurnId, prompt_tokens: int) -> SessionRecord:
+        """A turn of it was submitted."""
+        record = self._record(session_id)
+        record.prompt_tokens = prompt_tokens
+        if record.last_turn_id != turn_id:
+            record.turn += 1
+            record.last_turn_id = turn_id
+        return record
+
+    def note_offer(self, session_id: SessionId, end: int) -> SessionRecord:
+        """Its tokens up to `end` were offered for saving."""
+        record = self._record(session_id)
+        record.offered_end = max(end, record.offered_end or 0)
+        record.answer_tokens = max(0, end - record.prompt_tokens)
+        return record
+
+    def get(self, session_id: SessionId) -> SessionRecord | None:
+        return self.records.get(session_id)
+
+    def offered_end(self, session_id: SessionId) -> int | None:
+        record = self.records.get(session_id)
+        return record.offered_end if record is not None else None
+
+    def _record(self, session_id: SessionId) -> SessionRecord:
+        record = self.records.get(session_id)
+        if record is None:
+            record = self.records[session_id] = SessionRecord()
+            if len(self.records) > self._max_sessions:
+                self.records.popitem(last=False)
+        else:
+            self.records.move_to_end(session_id)
+        return record
