@@ -1,7 +1,7 @@
 """What the laboratory runs: requests of sessions, with the identity of their prompts block by block.
 
-A block is a run of `block_tokens` prompt tokens, named by the hash of the whole prefix that ends with it: equal ids mean
-equal prefixes. Knows no file format (see `readers/`) and no way of making traces (see `generators/`).
+A block is a run of `block_tokens` prompt tokens, named by the hash of the whole prefix that ends with it: equal ids
+mean equal prefixes. Knows no file format (see `readers/`) and no way of making traces (see `generators/`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,296 @@
+"""Untimed replay: one request after the other against one cache of a given size, under a real eviction policy.
+
+Answers how much of a trace's prompts a cache would have held, and nothing about time: no queue, no bandwidth. Blocks
+are kept in runs, since most blocks live and die with their neighbours:
+
+    run     [b0 b1 b2 b3]──[b4 b5]      consecutive blocks, no branch inside; only a run without children
+                        └──[b6]         is a candidate, and it gives up blocks from its end
+
+What the cache holds is closed under prefixes, so the longest held beginning of a prompt is found by bisection.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, cast
+
+from policies.eviction import EvictionPolicy, Learner
+from policies.messages import Tier
+from policies.outlook import Outlook
+from policies.places import Place
+from policies.queue import Order
+from policies.simulator.trace import Request, Trace, TraceError
+
+PLACE = Place("cache", Tier.DRAM)
+TICK_S = 1e-6  # between requests that came at the same time
+
+
+class Level(StrEnum):
+    """What a cache keeps: blocks of a prefix tree, or all of a session's KV or nothing."""
+
+    BLOCK = "block"
+    SESSION = "session"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What a cache held of a trace's prompts, in tokens."""
+
+    capacity_tokens: float
+    footprint_tokens: int
+    input_tokens: int
+    hit_tokens: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Token hit rate, between 0 and 1."""
+        return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
+
+
+class Cache(Protocol):
+    def use(self, request: Request, turn: int, now: float) -> int:
+        """The tokens of the prompt that are here; then the prompt is, as far as it fits."""
+
+
+def replay(
+    trace: Trace,
+    policy: EvictionPolicy,
+    share: float,
+    *,
+    level: Level = Level.BLOCK,
+    max_run: int = 1 << 30,
+    progress: Callable[[int], None] | None = None,
+) -> Replay:
+    """Run a trace from a cold start; the cache holds `share` (0 to 1) of its footprint.
+
+    TraceError for a trace without block ids at block level: give it private blocks first (`shaping`). `max_run`: the
+    longest run of blocks that a policy is told of as one. `progress` hears the number of requests done, now and then.
+    """
+    footprint = footprint_tokens(trace, level)
+    if level is Level.SESSION:
+        capacity = footprint * share
+        cache: Cache = SessionCache(policy, capacity)
+    else:
+        if not trace.block_tokens:
+            raise TraceError(f"{trace.name} has no block ids: replay it at session level, or give it private blocks")
+        capacity = int(footprint / trace.block_tokens * share) * trace.block_tokens
+        cache = BlockCache(policy, capacity, trace.block_tokens, max_run)
+    turns: Counter[int] = Counter()
+    hit_tokens, now = 0, float("-inf")
+    for number, request in enumerate(trace):
+        turns[request.session_id] += 1
+        now = max(now + TICK_S, request.arrival_s)
+        hit_tokens += cache.use(request, turns[request.session_id], now)
+        if progress is not None and not number % 1000:
+            progress(number)
+    return Replay(
+        capacity_tokens=capacity, footprint_tokens=footprint, input_tokens=trace.input_tokens, hit_tokens=hit_tokens
+    )
+
+
+def footprint_tokens(trace: Trace, level: Level) -> int:
+    """What a cache that never evicts ends with: distinct blocks, or every session's longest turn, answer included."""
+    if level is Level.BLOCK:
+        return trace.footprint_tokens
+    sizes: dict[int, int] = {}
+    for request in trace:
+        size = request.input_tokens + request.output_tokens
+        sizes[request.session_id] = max(size, sizes.get(request.session_id, 0))
+    return sum(sizes.values())
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Run:
+    """Consecutive blocks without a branch: the facts an eviction policy may ask for. A byte is a token here."""
+
+    key: str
+    blocks: list[int] = field(default_factory=list)
+    parent: Run | None = None
+    start: int = 0
+    num_bytes: int
+    stored_at: float
+    last_used: float
+    num_uses: int = 1
+    turn: int = 0
+    answer_tokens: int = 0
+    num_children: int = 0
+    next_use: Order | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_bytes
+
+
+class _Room:
+    """A policy over one place, and the time it is asked at."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        is_learner = hasattr(policy, "note_prompt") and hasattr(policy, "note_answer")
+        self._learner = cast(Learner, policy) if is_learner else None
+
+    def hear(self, keys: Sequence[str], now: float) -> None:
+        if self._learner is not None:
+            self._learner.note_prompt(keys, now)
+
+    def hear_answer(self, keys: Sequence[str], turn: int, answer_tokens: int, now: float) -> None:
+        if self._learner is not None:
+            self._learner.note_answer(keys, turn, answer_tokens, now)
+
+    def victim(self, now: float) -> str:
+        outlook = Outlook(num_waiting=0, dram_budget_bytes=0, ssd_budget_bytes=0, session_bytes=0.0, now=now)
+        (key,) = self.policy.victims(PLACE, 1, outlook)
+        return key
+
+
+class BlockCache:
+    """Blocks in runs, up to `capacity_tokens`. Blocks of a request are touched tail first."""
+
+    def __init__(
+        self, policy: EvictionPolicy, capacity_tokens: float, block_tokens: int, max_run: int = 1 << 30
+    ) -> None:
+        self.used_tokens = 0
+        self._room, self._policy = _Room(policy), policy
+        self._capacity, self._block_tokens, self._max_run = capacity_tokens, block_tokens, max_run
+        self._run_of: dict[int, Run] = {}
+        self._runs: dict[str, Run] = {}
+
+    def use(self, request: Request, turn: int, now: float) -> int:
+        blocks = request.blocks
+        keys = [str(block) for block in blocks]
+        self._room.hear(keys, now)
+        num_held = bisect_left(blocks, True, key=lambda block: block not in self._run_of)
+        last = self._end_of(blocks[num_held - 1]) if num_held else None
+        if last is not None:
+            last.num_uses += 1
+            last.last_used, last.turn, last.answer_tokens = now, turn, request.output_tokens
+            if not last.num_children:
+                self._policy.add(PLACE, last)
+        self._room.hear_answer(keys, turn, request.output_tokens, now)
+        self._extend(last, request, num_held, turn, now)
+        self._make_room(now)
+        return min(num_held * self._block_tokens, request.input_tokens)
+
+    def _end_of(self, block: int) -> Run:
+        """The run that ends with this block, split off if need be."""
+        run = self._run_of[block]
+        if run.blocks[-1] != block:
+            self._split(run, run.blocks.index(block) + 1)
+        return run
+
+    def _split(self, run: Run, at: int) -> None:
+        """The blocks of a run from `at` on become a run of their own below it."""
+        rest = Run(
+            key=str(run.blocks[at]),
+            blocks=run.blocks[at:],
+            parent=run,
+            start=run.start + at * self._block_tokens,
+            num_bytes=(len(run.blocks) - at) * self._block_tokens,
+            stored_at=run.stored_at,
+            last_used=run.last_used,
+            num_uses=run.num_uses,
+            turn=run.turn,
+            answer_tokens=run.answer_tokens,
+            num_children=run.num_children,
+        )
+        if run.num_children:
+            for other in self._runs.values():
+                if other.parent is run:
+                    other.parent = rest
+        else:
+            self._policy.remove(PLACE, run.key, evicted=False)
+            self._policy.add(PLACE, rest)
+        del run.blocks[at:]
+        run.num_bytes = at * self._block_tokens
+        run.num_children, run.num_uses = 1, 0  # what went through comes back when its children go
+        self._runs[rest.key] = rest
+        for block in rest.blocks:
+            self._run_of[block] = rest
+
+    def _extend(self, last: Run | None, request: Request, first: int, turn: int, now: float) -> None:
+        while first < len(request.blocks):
+            new = list(request.blocks[first : first + self._max_run])
+            run = Run(
+                key=str(new[0]),
+                blocks=new,
+                parent=last,
+                start=first * self._block_tokens,
+                num_bytes=len(new) * self._block_tokens,
+                stored_at=now,
+                last_used=now,
+                turn=turn,
+                answer_tokens=request.output_tokens,
+            )
+            if last is not None:
+                if not last.num_children:
+                    self._policy.remove(PLACE, last.key, evicted=False)
+                last.num_children += 1
+            self._runs[run.key] = run
+            for block in new:
+                self._run_of[block] = run
+            self.used_tokens += run.num_bytes
+            first += len(new)
+            last = run
+            self._policy.add(PLACE, run)
+
+    def _make_room(self, now: float) -> None:
+        while self.used_tokens > self._capacity:
+            run = self._runs[self._room.victim(now)]
+            surplus = -int(-(self.used_tokens - self._capacity) // self._block_tokens)
+            num_gone = min(surplus, len(run.blocks))
+            for block in run.blocks[-num_gone:]:
+                del self._run_of[block]
+            del run.blocks[-num_gone:]
+            run.num_bytes -= num_gone * self._block_tokens
+            self.used_tokens -= num_gone * self._block_tokens
+            if not run.blocks:
+                self._drop(run)
+
+    def _drop(self, run: Run) -> None:
+        del self._runs[run.key]
+        self._policy.remove(PLACE, run.key, evicted=True)
+        parent = run.parent
+        if parent is None:
+            return
+        parent.num_uses += run.num_uses
+        if run.last_used >= parent.last_used:
+            parent.last_used, parent.turn, parent.answer_tokens = run.last_used, run.turn, run.answer_tokens
+        parent.num_children -= 1
+        if not parent.num_children:
+            self._policy.add(PLACE, parent)
+
+
+class SessionCache:
+    """All of a session's KV, answers included, or nothing, as a system that stores whole conversations."""
+
+    def __init__(self, policy: EvictionPolicy, capacity_tokens: float) -> None:
+        self.used_tokens = 0
+        self._room, self._policy, self._capacity = _Room(policy), policy, capacity_tokens
+        self._sessions: dict[str, Run] = {}
+
+    def use(self, request: Request, turn: int, now: float) -> int:
+        key = str(request.session_id)
+        self._room.hear([key], now)
+        old = self._sessions.get(key)
+        held_tokens = old.num_bytes if old is not None else 0
+        self._room.hear_answer([key], turn, request.output_tokens, now)
+        run = self._sessions[key] = Run(
+            key=key,
+            num_bytes=request.input_tokens + request.output_tokens,
+            stored_at=old.stored_at if old is not None else now,
+            last_used=now,
+            num_uses=old.num_uses + 1 if old is not None else 1,
+            turn=turn,
+            answer_tokens=request.output_tokens,
+        )
+        self.used_tokens += run.num_bytes - held_tokens
+        self._policy.add(PLACE, run)
+        while self.used_tokens > self._capacity:
+            victim = self._room.victim(now)
+            self.used_tokens -= self._sessions.pop(victim).num_bytes
+            self._policy.remove(PLACE, victim, evicted=True)
+        return min(held_tokens, request.input_tokens)
