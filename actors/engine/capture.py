@@ -57,8 +57,8 @@ class Capture:
             self.reserve(sequence, index * sequence.chunk_tokens, end)
         return sequence.slots.get(index)
 
-    def keep_slots_from(self, sequence: Sequence, index: int) -> None:
-        """Chunks whose tokens will not be computed in order any more give their slots back."""
+    def keep_slot(self, sequence: Sequence, index: int) -> None:
+        """The turn goes on with this chunk, not where its restore was to end: later ones give their slots back."""
         for other in [i for i in sequence.slots if i != index]:
             self._buffer.release(sequence.slots.pop(other))
 

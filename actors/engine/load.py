@@ -76,6 +76,8 @@ class Load:
         everything that was written."""
         self._islands: tuple[tuple[int, int], ...] = ()
         self._end = job.end  # of what lies before the islands
+        self._failures: dict[int, Exception] = {}  # by piece
+        self._marks: tuple[tuple[int, str], ...] = ()
         self._wake = wake
         self._changed = Condition()
         self._claimed_from: int | None = None
@@ -107,10 +109,11 @@ class Load:
             self._changed.notify_all()
         self._wake()
 
-    def piece_done(self) -> None:
-        """The claimed tokens are in place."""
+    def piece_done(self, marks: tuple[tuple[int, str], ...]) -> None:
+        """The claimed tokens are in place, from a chunk with these marks."""
         with self._changed:
             assert self._claimed_from is not None
+            self._marks += marks
             self.frontier, self._claimed_from = self._claimed_from, None
             self._changed.notify_all()
         self._wake()
@@ -121,19 +124,20 @@ class Load:
         with self._changed:
             return self._computed_to >= self.frontier
 
-    def skip_piece(self, start: int) -> None:
-        """The tokens from `start` to the frontier will not come: the load goes on before them."""
+    def skip_piece(self, i: int, error: Exception) -> None:
+        """The tokens of piece `i`, up to the frontier, will not come: the load goes on before them."""
         with self._changed:
             self._claimed_from = None
+            self._failures[i] = error
             self._islands = self._spans()
-            self.frontier = self._end = start
+            self.frontier = self._end = self.job.pieces[i].start
             self._changed.notify_all()
         self._wake()
 
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """What is in place, ascending."""
+    def so_far(self) -> Restored:
+        """What a load from the tail has brought, and what failed."""
         with self._changed:
-            return self._spans()
+            return restored(self.job, self._spans(), self._failures, self._marks)
 
     def finish(self, result: Restored) -> None:
         """The load is over; nothing more is written. Of one that was abandoned the result counts for nothing."""
@@ -148,6 +152,7 @@ class Load:
         self._wake()
 
     def _spans(self) -> tuple[tuple[int, int], ...]:
+        """What is in place, ascending."""
         current = ((self.frontier, self._end),) if self.frontier < self._end else ()
         return (*current, *self._islands)
 

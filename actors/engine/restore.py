@@ -152,7 +152,6 @@ class Loader:
 
     def _load_tail(self, load: Load) -> None:
         job, failures = load.job, dict[int, Exception]()
-        marks: tuple[tuple[int, str], ...] = ()
         order = range(len(job.pieces) - 1, -1, -1)
         num_asked = 0
         for done, i in enumerate(order):
@@ -164,11 +163,10 @@ class Loader:
             brought = self._load_piece(load, i, failures)
             load.fences.append(self._transfer.written())
             if brought is not None:
-                marks += brought
-                load.piece_done()
+                load.piece_done(brought)
             elif i in failures:
-                load.skip_piece(job.pieces[i].start)
-        load.finish(restored(job, load.spans(), failures, marks))
+                load.skip_piece(i, failures[i])
+        load.finish(load.so_far())
 
     def _load_piece(self, load: Load, i: int, failures: dict[int, Exception]) -> tuple[tuple[int, str], ...] | None:
         """One chunk, or what of it nobody has computed in the meantime. Its marks; None if it did not come."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from actors.engine.batching import Demand, Phase, Work
 from actors.engine.blocks import BlockPool
 from actors.engine.capture import Capture
-from actors.engine.load import Load, LoadRates, Restored, RestoreJob
+from actors.engine.load import Load, LoadRates, RestoreJob
 from actors.engine.meter import Meter
 from actors.engine.overlap import LoadOrder, choose_order, front_tokens, may_join
 from actors.engine.restore import Loader
@@ -150,7 +150,7 @@ class Restoring:
         load.abandon()
         for fence in load.fences[-1:]:
             fence.hold()
-        result = load.result or Restored(spans=load.spans(), failed=(), marks=(), finished_at=time.monotonic())
+        result = load.result or load.so_far()  # met by what the engine computed, before its loader said that it is over
         failed_at = {failed.key for failed in result.failed}
         for piece in load.job.pieces:
             index = piece.start // sequence.chunk_tokens
@@ -161,7 +161,8 @@ class Restoring:
         if load.job.order is LoadOrder.LAYERS:
             loaded_end = result.spans[-1][1] if result.spans else load.job.start
             sequence.stored = {i for i in sequence.stored if i < loaded_end // sequence.chunk_tokens}
-            self._capture.keep_slots_from(sequence, loaded_end // sequence.chunk_tokens)
+            if loaded_end < load.end:  # of a whole load, a step that joined it has filled slots behind it
+                self._capture.keep_slot(sequence, loaded_end // sequence.chunk_tokens)
         num_in_hbm = sequence.num_in_hbm
         sequence.adopt(result.spans, result.marks)
         return StartInfo(
@@ -184,6 +185,8 @@ class Restoring:
         """It has waited long enough and computes what is missing. True if its loader may still write into its blocks:
         then it must begin again with others. Otherwise it is `finished` now."""
         load = self._running[sequence.turn_id].load
+        is_writing, so_far = load.abandon(), load.so_far()
+        has_failed = {failed.key for failed in so_far.failed}
         late = tuple(
             FailedRestore(
                 key=piece.source.key,
@@ -192,15 +195,15 @@ class Restoring:
                 detail=f"not loaded within {self._config.load_deadline_s:g} s",
             )
             for piece in load.job.pieces
-            if not any(start < piece.end and piece.start < end for start, end in load.spans())
+            if piece.source.key not in has_failed
+            and not any(start < piece.end and piece.start < end for start, end in so_far.spans)
         )
-        if load.abandon():
+        if is_writing:
             del self._running[sequence.turn_id]
-            sequence.failed_restore = late
-            return True
-        spans = load.spans()
-        load.result = Restored(spans=spans, failed=late, marks=(), finished_at=time.monotonic())
-        return False
+            sequence.failed_restore = (*so_far.failed, *late)
+        else:
+            load.result = replace(so_far, failed=(*so_far.failed, *late))
+        return is_writing
 
     def abandon(self, sequence: Sequence) -> None:
         """The turn leaves."""

@@ -132,7 +132,8 @@ def test_returning_turns_reuse_all_of_their_history(undisturbed: tuple[Path, dic
         if turn:
             before = rows[conversation, turn - 1]
             history = before["prompt_tokens"] + before["answer_tokens"] - 1  # the last token's KV was never computed
-            assert num_found(row) == history, (conversation, turn)
+            accounts = (conversation, turn, row["reused_tokens"], row["recomputed_tokens"])
+            assert num_found(row) == history, accounts
 
 
 def test_the_shared_system_prompt_is_hit_across_sessions(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -145,7 +146,7 @@ def test_the_shared_system_prompt_is_hit_across_sessions(undisturbed: tuple[Path
 def test_little_dram_and_an_ssd_give_the_same_answers(
     undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
 ) -> None:
-    """Without HBM, so that all has to come from here: what the store declines while it is in HBM is not offered again."""
+    """Without HBM: all has to come from here, and what the store declines while it is in HBM is not offered again."""
     ssd = f"file://{tmp_path / 'ssd'}"
     config = config_for(small_model, keep_finished=False, dram_bytes=300 * KIB, ssd_url=ssd, ssd_bytes=64 << 20)
     report = run_batch(config, options_for(chats, tmp_path / "out"), Listener())

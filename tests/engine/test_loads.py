@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from actors.engine.load import Load, Restored
 from actors.engine.overlap import LoadOrder
 from actors.engine.params import SamplingParams
+from actors.engine.runner import Batch
 from actors.engine.sequence import Sequence
-from actors.engine.turns import FinishReason, RestoreSource
+from actors.engine.turns import FinishReason, RestoreSource, StartInfo
 from storage.format import ChunkReader, RangeSource
 from tests.engine.harness import CHUNK, GREEDY, Owner, make_engine
 from tests.engine.models import loaded, random_prompt, stock_answer
@@ -63,6 +65,29 @@ def _throttled(owner: Owner, before_layer: Callable[[int], None], only: int | No
     return sources
 
 
+def _gone() -> ChunkReader:
+    raise OSError("gone")
+
+
+def _on_joining(owner: Owner, do: Callable[[], None]) -> list[int]:
+    """`do` is called when a step joins a load; how many layers were in place by then, of each that did."""
+    forward, num_ready = owner.engine._runner.forward, list[int]()
+
+    def watched(batch: Batch) -> torch.Tensor:
+        if batch.gates:
+            num_ready.append(batch.gates[0]._load.layers_ready)
+            do()
+        return forward(batch)
+
+    owner.engine._runner.forward = watched  # type: ignore[method-assign]
+    return num_ready
+
+
+def _spans(owner: Owner, known: set[str]) -> list[tuple[int, int]]:
+    """Of the chunks that were stored, all but the known ones."""
+    return sorted((header.start, header.end) for key, (header, _) in owner.store.chunks.items() if key not in known)
+
+
 def _is_right(owner: Owner, turn_id: str, prompt: tuple[int, ...]) -> bool:
     return owner.results[turn_id].token_ids == stock_answer("llama", prompt, len(owner.results[turn_id].tokens))
 
@@ -74,16 +99,7 @@ def test_a_step_joins_a_load_before_its_last_layer_is_there() -> None:
     owner = _filled()
     owner.engine.meter.prefill_tokens_per_s = 20.0  # 1.5 s for the 30 new tokens: any load of less is worth joining
     last_layer = threading.Event()
-    joined_after: list[int] = []
-    forward = owner.engine._runner.forward
-
-    def watched(batch):  # type: ignore[no-untyped-def]
-        if batch.gates:
-            joined_after.append(batch.gates[0]._load.layers_ready)
-            last_layer.set()
-        return forward(batch)
-
-    owner.engine._runner.forward = watched  # type: ignore[method-assign]
+    joined_after = _on_joining(owner, last_layer.set)
 
     def before(layer: int) -> None:
         if layer == 3:
@@ -98,6 +114,34 @@ def test_a_step_joins_a_load_before_its_last_layer_is_there() -> None:
     assert result.started[0].loaded == ((0, 150),)
 
 
+def test_what_is_computed_behind_a_joined_load_is_saved_and_stays() -> None:
+    owner = _filled(keep_finished=True)
+    owner.engine.forget_kept()
+    owner.engine.meter.prefill_tokens_per_s = 20.0
+    last_layer = threading.Event()
+    joined_after = _on_joining(owner, last_layer.set)
+
+    def before(layer: int) -> None:
+        if layer == 3:
+            assert last_layer.wait(20)
+
+    prompt = (*PROMPT, *random_prompt(30, 2))
+    known = set(owner.store.chunks)
+    owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=0)))
+    history = (*prompt, *owner.run()["t"].token_ids)
+    assert joined_after
+    assert _spans(owner, known) == [(144, 160), (160, 176), (176, 187)]
+
+    longer = (*history, *random_prompt(9, 3))
+    elsewhere = Owner(make_engine(loaded("llama")), owner.store)
+    elsewhere.add("next", longer, GREEDY, restore=tuple(owner.store.plan(longer, cuts=(187,))))
+    owner.add("next", longer)
+    for other, found in ((owner, "num_in_hbm"), (elsewhere, "num_loaded")):
+        [info] = other.run()["next"].started
+        assert getattr(info, found) == 187
+        assert _is_right(other, "next", longer)
+
+
 def test_a_late_layer_voids_the_turns_part_of_a_step_and_nobody_elses() -> None:
     owner = _filled()
     owner.engine.meter.prefill_tokens_per_s = 20_000.0  # a joined step is patient for 50 ms
@@ -109,6 +153,7 @@ def test_a_late_layer_voids_the_turns_part_of_a_step_and_nobody_elses() -> None:
 
     prompt = (*PROMPT, *random_prompt(30, 2))
     owner.engine._restoring._joins = lambda restore: restore.may_join and restore.load.layers_ready >= 2  # type: ignore[method-assign]
+    known = set(owner.store.chunks)
     owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=0)))
     owner.add("other", random_prompt(20, 5), replace(GREEDY, max_new_tokens=30))
     while owner.results["other"].finish is None:
@@ -119,6 +164,7 @@ def test_a_late_layer_voids_the_turns_part_of_a_step_and_nobody_elses() -> None:
     owner.run()
     assert _is_right(owner, "t", prompt)
     assert owner.results["t"].started[0].num_reused == 150
+    assert {(144, 160), (160, 176), (176, 187)} <= set(_spans(owner, known))
 
 
 def test_a_load_that_fails_under_a_step_is_computed_again() -> None:
@@ -131,22 +177,18 @@ def test_a_load_that_fails_under_a_step_is_computed_again() -> None:
             assert may_fail.wait(20)
             raise ConnectionError("the bucket hung up")
 
-    forward = owner.engine._runner.forward
-
-    def watched(batch):  # type: ignore[no-untyped-def]
-        if batch.gates:
-            may_fail.set()
-        return forward(batch)
-
-    owner.engine._runner.forward = watched  # type: ignore[method-assign]
+    _on_joining(owner, may_fail.set)
     prompt = (*PROMPT, *random_prompt(30, 2))
-    owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=4)))
+    sources = _throttled(owner, before, only=4)
+    owner.store.chunks.clear()
+    owner.add("t", prompt, GREEDY, restore=tuple(sources))
     result = owner.run()["t"]
     assert may_fail.is_set()
     assert _is_right(owner, "t", prompt)
     [info] = result.started
     assert info.loaded == ((0, 64),)
     assert [(failed.reason, failed.num_tokens) for failed in info.failed] == [("lost", 86)]
+    assert _spans(owner, set()) == [*((start, start + CHUNK) for start in range(64, 176, CHUNK)), (176, 187)]
 
 
 # --- from the tail ----------------------------------------------------------------------------------------------------
@@ -184,12 +226,8 @@ def test_a_chunk_that_fails_leaves_a_hole(bad: int) -> None:
     owner = _filled(order=LoadOrder.TAIL)
     owner.engine.meter.prefill_tokens_per_s = 1e-3  # computing is out of the question: only the hole is
     sources = owner.store.plan(PROMPT)
-
-    def fail() -> ChunkReader:
-        raise OSError("gone")
-
     key = sources[bad].key
-    sources[bad] = replace(sources[bad], open=fail)
+    sources[bad] = replace(sources[bad], open=_gone)
     prompt = (*PROMPT, *random_prompt(9, 2))
     owner.store.chunks.clear()
     owner.add("t", prompt, GREEDY, restore=tuple(sources))
@@ -200,6 +238,38 @@ def test_a_chunk_that_fails_leaves_a_hole(bad: int) -> None:
     assert [(failed.key, failed.num_tokens) for failed in info.failed] == [(key, end - start)]
     offered = {header.start for header, _ in owner.store.chunks.values()}
     assert {start, 144} <= offered
+
+
+@pytest.mark.parametrize("bad", [0, 3, 9])
+def test_a_load_that_is_met_before_it_says_that_it_is_over_tells_what_failed(
+    bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = _filled(order=LoadOrder.TAIL)
+    owner.engine.meter.prefill_tokens_per_s = 1e-3
+    adopted = threading.Event()
+    adopt, finish = owner.engine._restoring.adopt, Load.finish
+
+    def adopt_first(sequence: Sequence) -> StartInfo:
+        info = adopt(sequence)
+        adopted.set()
+        return info
+
+    def finish_later(load: Load, result: Restored) -> None:
+        assert adopted.wait(20)
+        finish(load, result)
+
+    owner.engine._restoring.adopt = adopt_first  # type: ignore[method-assign]
+    monkeypatch.setattr(Load, "finish", finish_later)
+    sources = owner.store.plan(PROMPT)
+    sources[bad] = replace(sources[bad], open=_gone)
+    prompt = (*PROMPT, *random_prompt(9, 2))
+    owner.store.chunks.clear()
+    owner.add("t", prompt, GREEDY, restore=tuple(sources))
+    [info] = owner.run()["t"].started
+    assert _is_right(owner, "t", prompt)
+    start, end = bad * CHUNK, min(150, (bad + 1) * CHUNK)
+    assert [(failed.key, failed.num_tokens) for failed in info.failed] == [(sources[bad].key, end - start)]
+    assert _spans(owner, set()) == sorted({(start, start + CHUNK), (144, 160), (160, 166)})  # what is stored is not
 
 
 def test_many_buffered_sources_are_not_opened_at_once() -> None:
@@ -236,12 +306,15 @@ def test_many_buffered_sources_are_not_opened_at_once() -> None:
 def test_a_load_that_hangs_is_given_up_and_the_answer_is_right(order: LoadOrder, where: str) -> None:
     owner = _filled(order=order, load_deadline_s=0.1)
     owner.engine.meter.prefill_tokens_per_s = 5.0
-    go = threading.Event()
+    hangs, go = threading.Event(), threading.Event()
 
     def hang(layer: int = 0) -> None:
         if layer == 1 or where == "open":
+            hangs.set()
             go.wait(20)
 
+    overdue = owner.engine._restoring.overdue  # what comes before may take its time
+    owner.engine._restoring.overdue = lambda: overdue() if hangs.is_set() else []  # type: ignore[method-assign]
     sources = _throttled(owner, hang if where == "layer" else lambda _: None, only=4)
     if where == "open":
         stock = sources[4].open
