@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster.bench import command as bench
+from cluster.lab import command as lab
 
 LOG_LINE_S = 10.0
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(commands)
     _add_config(commands)
     bench.add_to(commands)
+    lab.add_to(commands)
     return parser
 
 

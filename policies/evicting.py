@@ -73,7 +73,11 @@ class Evictor:
             return
         node = self._board.fleet.nodes[node_id]
         while num_bytes > 0 and len(tried) < MAX_TRIES:
-            victims = [key for key in self._board.candidates.first(place, len(tried) + BATCH, self._board.outlook) if key not in tried]
+            victims = [
+                key
+                for key in self._board.candidates.first(place, len(tried) + BATCH, self._board.outlook)
+                if key not in tried
+            ]
             if not victims:
                 return
             for key in victims:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Protocol
 
-from policies.messages import NodeId, ReplicaId, Turn
+from policies.messages import NodeId, ReplicaId, SessionId, Turn, TurnId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,56 @@ class EarliestStart:
 
     def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:  # noqa: ARG002 - the contract
         return min(options, key=lambda option: (round(_start_s(option), 3), *_load(option))).replica_id
+
+
+class RoundRobin:
+    """The next replica by id after the one that took the turn before, as far as it has room. Blind to load and KV."""
+
+    def __init__(self) -> None:
+        self._turn_id: TurnId | None = None
+        self._before: ReplicaId = ""  # who took the turn before this one
+        self._chosen: ReplicaId = ""
+
+    def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:
+        if turn.turn_id != self._turn_id:
+            self._turn_id, self._before = turn.turn_id, self._chosen
+        ids = sorted(option.replica_id for option in options)
+        self._chosen = next((replica_id for replica_id in ids if replica_id > self._before), ids[0])
+        return self._chosen
+
+
+class SessionAffinity:
+    """A session's turns run where its hash says (rendezvous hashing, Thaler and Ravishankar 1998), KV or not.
+
+    Of all replicas offered lately the one with the highest hash of (session, replica) is home: when one comes or goes,
+    only its own sessions move. When home has no room now, the least loaded replica takes the turn.
+    """
+
+    def __init__(self, forget_after: int = 1000) -> None:
+        """`forget_after`: a replica not offered for so many turns is gone, and its sessions find another home."""
+        self._forget_after = forget_after
+        self._turn_id: TurnId | None = None
+        self._num_turns = 0
+        self._last_offered: dict[ReplicaId, int] = {}
+
+    def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:
+        self._note(turn.turn_id, options)
+        home = max(self._last_offered, key=lambda replica_id: _affinity(turn.session_id, replica_id))
+        if any(option.replica_id == home for option in options):
+            return home
+        return min(options, key=_load).replica_id
+
+    def _note(self, turn_id: TurnId, options: Sequence[ReplicaOption]) -> None:
+        if turn_id != self._turn_id:
+            self._turn_id, self._num_turns = turn_id, self._num_turns + 1
+        self._last_offered.update((option.replica_id, self._num_turns) for option in options)
+        oldest = self._num_turns - self._forget_after
+        for replica_id in [known for known, last in self._last_offered.items() if last < oldest]:
+            del self._last_offered[replica_id]
+
+
+def _affinity(session_id: SessionId, replica_id: ReplicaId) -> bytes:
+    return sha256(f"{session_id}\n{replica_id}".encode()).digest()
 
 
 def _start_s(option: ReplicaOption) -> float:

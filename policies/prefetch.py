@@ -53,3 +53,28 @@ class LookAhead:
 
     def choose(self, needs: Sequence[FetchNeed]) -> Sequence[FetchNeed]:
         return needs
+
+
+class LookAheadBudget:
+    """`LookAhead` with a share of the links: at most `bytes` are chosen in one pass (one call of `choose`).
+
+    A need that does not fit any more is passed over and smaller ones behind it are taken; one larger than the whole
+    budget is never fetched ahead, and its turn reads it from where it is.
+    """
+
+    def __init__(self, bytes: int) -> None:  # noqa: A002 - an option's name, for people
+        if bytes < 0:
+            raise ValueError("LookAheadBudget takes bytes of 0 or more; 0 fetches nothing")
+        self._budget_bytes = bytes
+
+    def window(self, outlook: Outlook) -> int:
+        return outlook.prefetch_window if self._budget_bytes else 0
+
+    def choose(self, needs: Sequence[FetchNeed]) -> Sequence[FetchNeed]:
+        chosen: list[FetchNeed] = []
+        left_bytes = self._budget_bytes
+        for need in needs:
+            if need.num_bytes <= left_bytes:
+                left_bytes -= need.num_bytes
+                chosen.append(need)
+        return chosen

@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
-from policies.admission import AdmissionPolicy, Always
+from policies.admission import AdmissionPolicy, Always, Offer, ReturnProbability, SecondTouch
 from policies.eviction import EvictionPolicy, Fifo, LookAhead, Lru
 from policies.outlook import Outlook
-from policies.placement import EarliestStart, LeastLoaded, PlacementPolicy
+from policies.placement import EarliestStart, LeastLoaded, PlacementPolicy, RoundRobin, SessionAffinity
 from policies.prefetch import LookAhead as PrefetchLookAhead
-from policies.prefetch import Off, PrefetchPolicy
+from policies.prefetch import LookAheadBudget, Off, PrefetchPolicy
 from tests.policies.contracts import (
     DRAM,
     OUTLOOK,
@@ -23,7 +23,7 @@ from tests.policies.contracts import (
     PrefetchContract,
     draw_option,
 )
-from tests.policies.texts import text, turn_of
+from tests.policies.texts import chunk_of, text, turn_of
 
 
 class TestFifo(EvictionContract):
@@ -82,6 +82,24 @@ class TestPrefetchLookAhead(PrefetchContract):
         assert list(policy.choose(self.NEEDS)) == list(self.NEEDS)
 
 
+class TestLookAheadBudget(PrefetchContract):
+    @pytest.fixture
+    def policy(self) -> PrefetchPolicy:
+        return LookAheadBudget(bytes=100)
+
+    def test_the_nearest_that_fit(self, policy: PrefetchPolicy) -> None:
+        assert list(policy.choose(self.NEEDS)) == list(self.NEEDS[:2])
+
+    def test_what_is_too_large_blocks_nobody(self, policy: PrefetchPolicy) -> None:
+        large = replace(self.NEEDS[0], num_bytes=101)
+        assert list(policy.choose((large, *self.NEEDS[1:]))) == list(self.NEEDS[1:3])
+
+    def test_no_budget_no_window(self) -> None:
+        assert LookAheadBudget(bytes=0).window(OUTLOOK) == 0
+        with pytest.raises(ValueError, match="0 or more"):
+            LookAheadBudget(bytes=-1)
+
+
 class TestOff(PrefetchContract):
     @pytest.fixture
     def policy(self) -> PrefetchPolicy:
@@ -123,10 +141,99 @@ class TestEarliestStart(PlacementContract):
         assert policy.choose(turn_of("a/1", text(1, 4)), [far, near]) == "near"
 
 
+class TestRoundRobin(PlacementContract):
+    @pytest.fixture
+    def policy(self) -> PlacementPolicy:
+        return RoundRobin()
+
+    def test_an_idle_replica_is_better_than_a_busy_one(self, policy: PlacementPolicy) -> None:
+        """Not here: whose turn it is does not depend on load."""
+        idle, busy = (
+            draw_option(Random(0), "r1", num_running_turns=0),
+            draw_option(Random(0), "r0", num_running_turns=3),
+        )
+        assert policy.choose(turn_of("a/1", text(1, 10)), [busy, idle]) == "r0"
+
+    def test_one_after_the_other(self, policy: PlacementPolicy) -> None:
+        options = [draw_option(Random(1), f"r{number}") for number in range(3)]
+        chosen = [policy.choose(turn_of(f"a/{number}", text(1, 4)), options) for number in range(4)]
+        assert chosen == ["r0", "r1", "r2", "r0"]
+        assert policy.choose(turn_of("b/1", text(1, 4)), options[::2]) == "r2", "r1 is full"
+
+
+class TestSessionAffinity(PlacementContract):
+    @pytest.fixture
+    def policy(self) -> PlacementPolicy:
+        return SessionAffinity()
+
+    def test_an_idle_replica_is_better_than_a_busy_one(self, policy: PlacementPolicy) -> None:
+        """Only for who is not at home."""
+        options = [draw_option(Random(0), f"r{number}", num_running_turns=number) for number in range(3)]
+        turn = turn_of("a/1", text(1, 10))
+        home = policy.choose(turn, options)
+        others = [option for option in options if option.replica_id != home]
+        assert policy.choose(turn, others) == others[0].replica_id
+        assert policy.choose(turn, options) == home
+
+    def test_when_a_replica_comes_only_those_move_that_move_to_it(self, policy: PlacementPolicy) -> None:
+        options = [draw_option(Random(0), f"r{number}") for number in range(5)]
+        turns = [turn_of(f"s{number}/1", text(1, 4)) for number in range(200)]
+        before = [policy.choose(turn, options[:4]) for turn in turns]
+        after = [policy.choose(turn, options) for turn in turns]
+        assert {new for old, new in zip(before, after) if new != old} == {"r4"}
+        assert all(20 < before.count(option.replica_id) < 80 for option in options[:4])
+
+    def test_a_replica_that_is_gone_is_forgotten(self) -> None:
+        policy = SessionAffinity(forget_after=10)
+        options = [draw_option(Random(0), f"r{number}", num_running_turns=number) for number in range(3)]
+        turns = [turn_of(f"s{number}/1", text(1, 4)) for number in range(300)]
+        policy.choose(turns[0], options)
+        left = [policy.choose(turn, options[1:]) for turn in turns[20:]]
+        assert 100 < left.count("r2") < 180, "not all with the least loaded"
+
+
 class TestAlways(AdmissionContract):
     @pytest.fixture
     def policy(self) -> AdmissionPolicy:
         return Always()
+
+
+def offer_of(session_id: str, name: int = 1, *, is_awaited: bool = False) -> Offer:
+    return Offer(session_id=session_id, chunk=chunk_of(text(name, 4), 0), is_awaited=is_awaited, dram_fill=0.5)
+
+
+class TestSecondTouch(AdmissionContract):
+    @pytest.fixture
+    def policy(self) -> AdmissionPolicy:
+        return SecondTouch(max_keys=2)
+
+    def test_offered_before(self, policy: AdmissionPolicy) -> None:
+        assert [policy.admit(offer_of("s", name), OUTLOOK) for name in (1, 2, 1, 2)] == [False, False, True, True]
+
+    def test_memory_is_bounded(self, policy: AdmissionPolicy) -> None:
+        assert [policy.admit(offer_of("s", name), OUTLOOK) for name in (1, 2, 3, 1)] == [False] * 4
+
+
+class TestReturnProbability(AdmissionContract):
+    @pytest.fixture
+    def policy(self) -> AdmissionPolicy:
+        return ReturnProbability(threshold=0.5, within_s=100.0, min_turns=50)
+
+    def test_it_learns_that_first_turns_rarely_come_back_and_second_ones_do(self, policy: AdmissionPolicy) -> None:
+        def admit(session_id: str, now: float, *, is_awaited: bool = False) -> bool:
+            return policy.admit(offer_of(session_id, is_awaited=is_awaited), replace(OUTLOOK, now=now))
+
+        assert admit("first", 0.0), "all is saved until enough was seen"
+        for number in range(600):
+            now = 10.0 * number
+            if number % 5 == 0:
+                for later in range(5):
+                    admit(f"long{number // 5}", now + later * 2.0)
+            else:
+                admit(f"short{number}", now)
+        assert not admit("new", 6001.0)
+        assert admit("new", 6001.5, is_awaited=True)
+        assert admit("new", 6005.0), "its second turn"
 
 
 def test_windows_of_the_paper() -> None:

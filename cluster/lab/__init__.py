@@ -1,0 +1,1 @@
+"""`reprise lab`: experiments with policies on traces, from the command line."""

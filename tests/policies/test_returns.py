@@ -1,0 +1,169 @@
+"""What is learned of returns: hazards, probabilities and the index against processes whose truth is known."""
+
+from __future__ import annotations
+
+from heapq import heapify, heapreplace
+from math import exp, isfinite
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.eviction import EvictionPolicy, Lru, Returns
+from policies.eviction.returns import Experience
+from policies.returns import ENDS, NUM_INTERVALS, STARTS, Features, ReturnModel, Silence
+from policies.simulator.replay import Level, replay
+from policies.simulator.trace import Request, Trace
+from tests.policies.contracts import DRAM, OUTLOOK, EvictionContract, Facts
+
+
+def learn(means_s: list[float], num_returns: int, seed: int = 1) -> ReturnModel:
+    """From 100 prefixes of each class that come back after an exponential time with the mean of their class."""
+    random, model = Random(seed), ReturnModel(num_features=1)
+    events = []
+    for level, mean_s in enumerate(means_s):
+        for number in range(100):
+            silence = model.begin(0.0, (level,))
+            events.append((random.expovariate(1 / mean_s), level, number, silence))
+    heapify(events)
+    for _ in range(num_returns):
+        now, level, number, silence = events[0]
+        model.end(silence, now)
+        model.advance(now)
+        again = model.begin(now, (level,))
+        heapreplace(events, (now + random.expovariate(1 / means_s[level]), level, number, again))
+    return model
+
+
+def test_hazards_of_a_renewal_process() -> None:
+    model = learn([20.0], 8000)
+    for interval in range(7):  # up to 32 s, where one in five is left
+        truth = 1.0 - exp(-(ENDS[interval] - STARTS[interval]) / 20.0)
+        assert model.hazards[interval] * model.factor((0,)) == pytest.approx(truth, abs=0.05)
+
+
+@pytest.mark.parametrize(("age", "within_s"), [(0.0, 4.0), (0.0, 16.0), (8.0, 8.0), (3.0, 5.0)])
+def test_probability_against_the_truth(age: float, within_s: float) -> None:
+    model = learn([20.0, 60.0], 8000)
+    for level, mean_s in enumerate((20.0, 60.0)):
+        truth = 1.0 - exp(-within_s / mean_s)
+        assert model.probability((level,), age, within_s) == pytest.approx(truth, abs=0.08)
+
+
+def test_the_index_of_the_class_that_returns_is_higher() -> None:
+    model = learn([10.0, 100.0], 6000)
+    assert model.factor((0,)) > 2 * model.factor((1,))
+    soon, late = 2, -2
+    assert all(model.index(soon, age) >= model.index(late, age) for age in (0.0, 1.0, 5.0, 20.0))
+    assert model.index(soon, 1.0) > model.index(late, 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 3), st.floats(0.0, 1e6), st.floats(0.0, 1.5)), max_size=200
+    ),
+    age=st.floats(0.0, 1e7),
+    within_s=st.floats(0.0, 1e7),
+)
+def test_answers_stay_within_reason(steps: list[tuple[int, int, float, float]], age: float, within_s: float) -> None:
+    """Whatever is told, also in odd orders."""
+    model, silences, now = ReturnModel(num_features=1, refit_every=4), list[Silence](), 0.0
+    for verb, level, wait_s, share in steps:
+        now += wait_s
+        if verb < 3 or not silences:
+            silences.append(model.begin(now, (level,), min(1.0, share)))
+        else:
+            model.end(silences[verb % len(silences)], now, share)
+        model.advance(now)
+    assert all(0.0 <= hazard < 1.0 for hazard in model.hazards)
+    for step in (-10, 0, 10):
+        assert isfinite(model.index(step, age))
+        assert model.index(step, age) >= 0.0
+        assert len(model.table(step)) == NUM_INTERVALS
+    for level in range(5):
+        assert 0.0 <= model.probability((level,), age, within_s) <= 1.0
+
+
+class Notes(ReturnModel):
+    """A model that remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(num_features=2)
+        self.begun: list[Silence] = []
+        self.back: list[float] = []
+
+    def begin(self, now: float, features: Features, weight: float = 1.0) -> Silence:
+        self.begun.append(super().begin(now, features, weight))
+        return self.begun[-1]
+
+    def end(self, silence: Silence, now: float, share: float = 1.0) -> None:
+        before = silence.returned
+        super().end(silence, now, share)
+        self.back.append(silence.returned - before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=30))
+def test_a_prompt_counts_once_however_it_is_shared(prompts: list[list[int]]) -> None:
+    """Known and new part weigh one together, and never more than that comes back."""
+    model = Notes()
+    experience = Experience(model)
+    for number, path in enumerate(prompts):
+        keys = ["".join(map(str, path[:end])) for end in range(1, len(path) + 1)]
+        experience.note_prompt(keys, float(number))
+        experience.note_answer(keys, 1, 10, float(number))
+        known, new = model.begun[-2:]
+        assert known.weight + new.weight == pytest.approx(1.0)
+    assert all(-1e-9 <= silence.returned <= silence.weight + 1e-9 for silence in model.begun)
+    assert all(share >= 0.0 for share in model.back)
+
+
+def test_half_of_a_prompt_comes_back() -> None:
+    model = Notes()
+    experience = Experience(model)
+    experience.note_answer(["a", "b", "c", "d"], 1, 10, 0.0)
+    experience.note_prompt(["a", "b", "x"], 5.0)
+    assert sum(model.back) == pytest.approx(0.5)
+
+
+class TestReturns(EvictionContract):
+    @pytest.fixture
+    def policy(self) -> EvictionPolicy:
+        return Returns()
+
+    def test_the_queue_is_protected_from_its_tail(self, policy: EvictionPolicy) -> None:
+        policy.add(DRAM, Facts("head", next_use=(0, 1)))
+        policy.add(DRAM, Facts("tail", next_use=(0, 9)))
+        policy.add(DRAM, Facts("recent", last_used=8.0))
+        policy.add(DRAM, Facts("old", last_used=2.0))
+        assert list(policy.victims(DRAM, 4, OUTLOOK)) == ["old", "recent", "tail", "head"]
+
+    def test_only_what_nobody_waits_for_may_be_dropped(self, policy: EvictionPolicy) -> None:
+        assert [policy.may_drop(Facts("a"), position, OUTLOOK) for position in (None, 0, 10**6)] == [True, False, False]
+
+
+def half_never_return(num_seconds: int = 3000) -> Trace:
+    """Every second a session that asks once and gets a long answer, and one of 60 that come round with short ones."""
+    requests: list[Request] = []
+    for second in range(num_seconds):
+        for session_id, output_tokens, at in ((second % 60, 10, 0.0), (1000 + second, 600, 0.5)):
+            requests.append(
+                Request(
+                    request_id=len(requests),
+                    session_id=session_id,
+                    arrival_s=second + at,
+                    input_tokens=1000,
+                    output_tokens=output_tokens,
+                )
+            )
+    return Trace(name="half never return", block_tokens=0, requests=tuple(requests))
+
+
+def test_what_was_learned_beats_lru_where_half_of_the_sessions_never_return() -> None:
+    trace = half_never_return()
+    share = 80 * 1000 / (60 * 1010 + 3000 * 1600)  # 80 sessions: all that return, but not the 60 others in between
+    lru, learned = (replay(trace, policy, share, level=Level.SESSION).hit_rate for policy in (Lru(), Returns()))
+    assert lru < 0.05
+    assert learned > 0.4, "of at most one half"
