@@ -374,7 +374,7 @@ class SchedulerConfig:
     network_bytes_per_s: float = 0.5e9  # between nodes, for estimates only
     session_ttl_s: float = 3600.0  # chunks of sessions silent for longer go first
     ghosts: int = 100_000  # remembered keys of chunks that are gone, to name the cause of a miss
-    eviction: str = "policies.eviction:LookAhead"
+    eviction: str = "policies.eviction:Returns"
     prefetch: str = "policies.prefetch:LookAhead"
     placement: str = "policies.placement:EarliestStart"
     admission: str = "policies.admission:Always"

@@ -19,6 +19,7 @@ def make(*, dram: int = 200, ssd: int = 0, bucket: int = 0, **config: object) ->
         "high_watermark": 0.9,
         "low_watermark": 0.6,
         "prefetch": "policies.prefetch:Off",
+        "eviction": "policies.eviction:LookAhead",
     }
     driver = Driver(SchedulerConfig(**{**settings, **config}))  # type: ignore[arg-type]
     driver.join(dram=dram, ssd=ssd, bucket=bucket)

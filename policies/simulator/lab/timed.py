@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from policies.messages import SchedulerConfig
 from policies.simulator.lab.ceiling import timed_oracle
 from policies.simulator.lab.jobs import Outcome
 from policies.simulator.lab.naming import LRU, ORACLE, short_name
@@ -103,8 +102,3 @@ def _row(job: TimedJob, outcome: Outcome) -> dict[str, Any]:
 def by_load(wanted: Wanted, loads: Sequence[float], capacities: Sequence[Any]) -> list[Wanted]:
     """The set-up at every load and, if there are any, every size of DRAM."""
     return [replace(wanted, load=load, dram=dram) for load in loads for dram in capacities or (wanted.dram,)]
-
-
-def default_eviction() -> str:
-    """What a scheduler has that was told nothing."""
-    return SchedulerConfig().eviction
