@@ -1,7 +1,8 @@
 """The scheduler's eviction policy at work inside an engine: the same plug-in orders chunks in HBM.
 
 A policy that raises or answers nonsense is counted (`Shard.stats`: `hbm_policy_faults`) and does not stop a turn: the
-engine then takes the candidates as they came.
+engine then takes the candidates as they came. Policies that learn are not told of prompts here, and none is told that
+a chunk was evicted: an engine does not say why one is no candidate any more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class HbmEviction:
         self._guard.tell(self._policy, "remove", lambda: self._policy.remove(self._place, key, evicted=False))
 
     def victims(self, place: Hashable, count: int) -> Sequence[ChunkKey]:  # noqa: ARG002 - as above
-        outlook = Outlook(num_waiting=0, dram_budget_bytes=0, ssd_budget_bytes=0, session_bytes=0.0, now=self._now)
+        outlook = Outlook.without_queue(self._now)
 
         def ask() -> Sequence[ChunkKey]:
             return self._policy.victims(self._place, count, outlook)

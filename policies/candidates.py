@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import cast
 
 from policies.catalog import Catalog, Chunk, Copy, CopyState, Family
-from policies.eviction import EvictionPolicy, Learner
+from policies.eviction.contract import EvictionPolicy, learner_of
 from policies.messages import Cause, ChunkKey
 from policies.outlook import Outlook
 from policies.places import Place
@@ -25,7 +24,7 @@ class Candidates:
         self.ordered: dict[Place, dict[ChunkKey, None]] = {}  # what the policy was told; also the safe default order
         self.expired: dict[Place, dict[ChunkKey, None]] = {}
         self._catalog, self._queue, self._policy, self._guard = catalog, queue, policy, guard
-        self._learner = cast(Learner, policy) if _is_learner(policy) else None
+        self._learner = learner_of(policy)
 
     def refresh(self, chunk: Chunk) -> None:
         chunk.next_use = self.find_next_use(chunk)
@@ -121,10 +120,6 @@ class Candidates:
         else:
             self.ordered.setdefault(place, {})[key] = None
             self._guard.tell(self._policy, "add", lambda: self._policy.add(place, chunk))
-
-
-def _is_learner(policy: object) -> bool:
-    return all(callable(getattr(policy, verb, None)) for verb in ("note_prompt", "note_answer"))
 
 
 def _is_expired(listing: tuple[object, ...] | None) -> bool:

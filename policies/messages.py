@@ -373,7 +373,9 @@ class SchedulerConfig:
     max_fetches_in_flight: int = 8  # per node
     network_bytes_per_s: float = 0.5e9  # between nodes, for estimates only
     session_ttl_s: float = 3600.0  # chunks of sessions silent for longer go first
-    ghosts: int = 100_000  # remembered keys of chunks that are gone, to name the cause of a miss
+    ghosts: int = (
+        100_000  # keys of chunks that are gone (to name the cause of a miss), and sessions: remembered at most
+    )
     eviction: str = "policies.eviction:Returns"
     prefetch: str = "policies.prefetch:LookAhead"
     placement: str = "policies.placement:EarliestStart"

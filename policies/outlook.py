@@ -18,6 +18,11 @@ class Outlook:
     now: float = 0.0  # seconds, of the event at hand
     window_end: Order | None = None  # of the first waiting turn outside the eviction window; None: all are inside
 
+    @classmethod
+    def without_queue(cls, now: float) -> Outlook:
+        """Of a cache that stands for itself, or whose queue is not known here."""
+        return cls(num_waiting=0, dram_budget_bytes=0, ssd_budget_bytes=0, session_bytes=0.0, now=now)
+
     @property
     def prefetch_window(self) -> int:
         """L_pw = C_dram / S_kv turns (CachedAttention, section 3.3)."""

@@ -147,8 +147,8 @@ class Scheduler:
     # --- events that concern several desks ----------------------------------------------------------------------------
 
     def _on_submitted(self, turn: m.Turn) -> None:
-        self.board.sessions.note_turn(turn.session_id, turn.turn_id, turn.num_prompt_tokens)
-        if turn.reuse:
+        is_new = self.board.sessions.note_turn(turn.session_id, turn.turn_id, turn.num_prompt_tokens)
+        if is_new and turn.reuse:
             self.board.candidates.note_prompt([mark.key for mark in turn.prompt], self.board.now)
         self.dispatcher.submit(turn)
 

@@ -29,21 +29,21 @@ class Sessions:
     def __len__(self) -> int:
         return len(self.records)
 
-    def note_turn(self, session_id: SessionId, turn_id: TurnId, prompt_tokens: int) -> SessionRecord:
-        """A turn of it was submitted."""
+    def note_turn(self, session_id: SessionId, turn_id: TurnId, prompt_tokens: int) -> bool:
+        """A turn of it was submitted; whether it is another turn than the last, not a new attempt at that one."""
         record = self._record(session_id)
         record.prompt_tokens = prompt_tokens
-        if record.last_turn_id != turn_id:
-            record.turn += 1
-            record.last_turn_id = turn_id
-        return record
+        if record.last_turn_id == turn_id:
+            return False
+        record.turn += 1
+        record.last_turn_id = turn_id
+        return True
 
-    def note_offer(self, session_id: SessionId, end: int) -> SessionRecord:
+    def note_offer(self, session_id: SessionId, end: int) -> None:
         """Its tokens up to `end` were offered for saving."""
         record = self._record(session_id)
         record.offered_end = max(end, record.offered_end or 0)
         record.answer_tokens = max(0, end - record.prompt_tokens)
-        return record
 
     def get(self, session_id: SessionId) -> SessionRecord | None:
         return self.records.get(session_id)

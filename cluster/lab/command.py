@@ -22,7 +22,7 @@ from policies.simulator.simulation import SimulationStuck
 from policies.simulator.trace import TraceError
 
 NAMES = f"""
-traces:    a file, an fsspec URL, or a generator: {", ".join(GENERATORS)}, as in chat:sessions=500,seed=3
+traces:    a file, a URL (s3://, gs://, ...), or a generator: {", ".join(GENERATORS)}, as in chat:sessions=500,seed=3
 policies:  a name of ours (Lru), module:Class, or file.py:Class(option=value); see docs/policies.md
 sizes:     64GiB, 500MB (bytes), 1Mtok (tokens of KV), 5% (of the trace's footprint)
 set-ups:

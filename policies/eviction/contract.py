@@ -8,7 +8,7 @@ parents, chunks beyond a session's time to live go before anything else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from policies.messages import ChunkKey
 from policies.outlook import Outlook
@@ -75,3 +75,9 @@ class Learner(Protocol):
 
     def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
         """That turn has ended: the conversation's turn of that number (0: unknown), with an answer of this length."""
+
+
+def learner_of(policy: object) -> Learner | None:
+    """The policy as a learner, if it has the verbs of one."""
+    is_learner = all(callable(getattr(policy, verb, None)) for verb in ("note_prompt", "note_answer"))
+    return cast(Learner, policy) if is_learner else None

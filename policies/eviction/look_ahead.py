@@ -42,7 +42,8 @@ class LookAhead:
 
     The paper's window is the first (C_dram + C_ssd) / S_kv waiting turns. First goes what none of them needs, least
     recently used first, needed beyond the window or not; then by the first turn that needs it, from the tail of the
-    window to its head. Inside the window chunks are demoted, never dropped. Among equals the deeper chunk goes.
+    window to its head. Inside the window chunks are demoted, never dropped. Among equals the deeper chunk goes. Asking
+    passes over what is needed inside the window and was used longer ago: O(n) in the worst case, unlike `WholeQueue`.
     """
 
     def __init__(self) -> None:

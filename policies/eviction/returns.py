@@ -74,15 +74,13 @@ class Experience:
             self._model.begin(now, features_of(max(turn, 1), answer_tokens), 1.0 - share),
         )
         if num_known:
-            self._remember(keys[num_known - 1], prompt, num_uses)
+            self._seen[keys[num_known - 1]] = (prompt, num_uses)
         for key in keys[num_known:]:
-            self._remember(key, prompt, 1)
+            self._seen[key] = (prompt, 1)
+        for key in reversed(keys):  # what is forgotten first is what extends it, never a prefix of what is remembered
+            self._seen.move_to_end(key)
         while len(self._seen) > MAX_PREFIXES:
             self._seen.popitem(last=False)
-
-    def _remember(self, key: ChunkKey, prompt: _Prompt, num_uses: int) -> None:
-        self._seen[key] = (prompt, num_uses)
-        self._seen.move_to_end(key)
 
     def _num_known(self, keys: Sequence[ChunkKey]) -> int:
         return bisect_left(keys, True, key=lambda key: key not in self._seen)

@@ -23,9 +23,6 @@ class Clock:
         self._num_set += 1
         heapq.heappush(self._heap, (when if when > self.now else self.now, self._num_set, action, args))
 
-    def after(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
-        self.at(self.now + delay_s, action, *args)
-
     @property
     def next_at(self) -> float | None:
         """When the next action is due; None: there is none."""

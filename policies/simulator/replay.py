@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, cast
+from typing import Protocol
 
-from policies.eviction import EvictionPolicy, Learner
+from policies.eviction.contract import EvictionPolicy, learner_of
 from policies.messages import Tier
 from policies.outlook import Outlook
 from policies.places import Place
@@ -117,7 +117,7 @@ class Run:
     num_uses: int = 1
     turn: int = 0
     answer_tokens: int = 0
-    num_children: int = 0
+    children: set[Run] = field(default_factory=set)
     next_use: Order | None = None
 
     @property
@@ -130,8 +130,7 @@ class _Room:
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
-        is_learner = hasattr(policy, "note_prompt") and hasattr(policy, "note_answer")
-        self._learner = cast(Learner, policy) if is_learner else None
+        self._learner = learner_of(policy)
 
     def hear(self, keys: Sequence[str], now: float) -> None:
         if self._learner is not None:
@@ -142,8 +141,7 @@ class _Room:
             self._learner.note_answer(keys, turn, answer_tokens, now)
 
     def victim(self, now: float) -> str:
-        outlook = Outlook(num_waiting=0, dram_budget_bytes=0, ssd_budget_bytes=0, session_bytes=0.0, now=now)
-        (key,) = self.policy.victims(PLACE, 1, outlook)
+        (key,) = self.policy.victims(PLACE, 1, Outlook.without_queue(now))
         return key
 
 
@@ -168,7 +166,7 @@ class BlockCache:
         if last is not None:
             last.num_uses += 1
             last.last_used, last.turn, last.answer_tokens = now, turn, request.output_tokens
-            if not last.num_children:
+            if not last.children:
                 self._policy.add(PLACE, last)
         self._room.hear_answer(keys, turn, request.output_tokens, now)
         self._extend(last, request, num_held, turn, now)
@@ -195,18 +193,16 @@ class BlockCache:
             num_uses=run.num_uses,
             turn=run.turn,
             answer_tokens=run.answer_tokens,
-            num_children=run.num_children,
+            children=run.children,
         )
-        if run.num_children:
-            for other in self._runs.values():
-                if other.parent is run:
-                    other.parent = rest
-        else:
+        for child in run.children:
+            child.parent = rest
+        if not run.children:
             self._policy.remove(PLACE, run.key, evicted=False)
             self._policy.add(PLACE, rest)
         del run.blocks[at:]
         run.num_bytes = at * self._block_tokens
-        run.num_children, run.num_uses = 1, 0  # what went through comes back when its children go
+        run.children, run.num_uses = {rest}, 0  # what went through comes back when its children go
         self._runs[rest.key] = rest
         for block in rest.blocks:
             self._run_of[block] = rest
@@ -226,9 +222,9 @@ class BlockCache:
                 answer_tokens=request.output_tokens,
             )
             if last is not None:
-                if not last.num_children:
+                if not last.children:
                     self._policy.remove(PLACE, last.key, evicted=False)
-                last.num_children += 1
+                last.children.add(run)
             self._runs[run.key] = run
             for block in new:
                 self._run_of[block] = run
@@ -259,8 +255,8 @@ class BlockCache:
         parent.num_uses += run.num_uses
         if run.last_used >= parent.last_used:
             parent.last_used, parent.turn, parent.answer_tokens = run.last_used, run.turn, run.answer_tokens
-        parent.num_children -= 1
-        if not parent.num_children:
+        parent.children.discard(run)
+        if not parent.children:
             self._policy.add(PLACE, parent)
 
 

@@ -59,6 +59,17 @@ def simulate(
     return Simulation(trace, setup, policies=policies, seed=seed, event_sink=event_sink).run(progress)
 
 
+def marker_of(trace: Trace, setup: Setup) -> Marker:
+    """What the trace's requests look like to this set-up's scheduler."""
+    return Marker(
+        trace,
+        setup.chunk_tokens,
+        setup.model.kv_bytes_per_token,
+        reuse=setup.reuse,
+        reuse_after_truncation=setup.reuse_after_truncation,
+    )
+
+
 class Simulation:
     """One run. The parts can be looked at between `step`s."""
 
@@ -77,13 +88,7 @@ class Simulation:
         self.policy_names = {kind: _name_of(objects.get(kind, getattr(config, kind))) for kind in POLICY_KINDS}
         self.clock = Clock()
         self.around = Surroundings(self.clock, Random(seed), setup.failure_share)
-        self.marker = Marker(
-            trace,
-            setup.chunk_tokens,
-            setup.model.kv_bytes_per_token,
-            reuse=setup.reuse,
-            reuse_after_truncation=setup.reuse_after_truncation,
-        )
+        self.marker = marker_of(trace, setup)
         self.records: dict[m.TurnId, TurnRecord] = {}
         self.queue = QueueLog()
         self.num_ended = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import heapify, heapreplace
 from math import exp, isfinite
 from random import Random
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.eviction import EvictionPolicy, Lru, Returns
+from policies.eviction import EvictionPolicy, Lru, Returns, returns
 from policies.eviction.returns import Experience
 from policies.returns import ENDS, NUM_INTERVALS, STARTS, Features, ReturnModel, Silence
 from policies.simulator.replay import Level, replay
 from policies.simulator.trace import Request, Trace
 from tests.policies.contracts import DRAM, OUTLOOK, EvictionContract, Facts
+from tests.policies.driver import Driver
+from tests.policies.texts import text
 
 
 def learn(means_s: list[float], num_returns: int, seed: int = 1) -> ReturnModel:
@@ -167,3 +170,40 @@ def test_what_was_learned_beats_lru_where_half_of_the_sessions_never_return() ->
     lru, learned = (replay(trace, policy, share, level=Level.SESSION).hit_rate for policy in (Lru(), Returns()))
     assert lru < 0.05
     assert learned > 0.4, "of at most one half"
+
+
+def test_what_is_forgotten_first_is_what_extends_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(returns, "MAX_PREFIXES", 10)
+    model = Notes()
+    experience = Experience(model)
+    experience.note_answer([f"a{number}" for number in range(6)], 1, 10, 0.0)
+    experience.note_answer([f"b{number}" for number in range(6)], 1, 10, 1.0)
+    experience.note_prompt([f"a{number}" for number in range(6)], 2.0)
+    assert sum(model.back) == pytest.approx(4 / 6), "the first four marks are still known"
+
+
+def test_what_everybody_begins_with_stays_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(returns, "MAX_PREFIXES", 10)
+    model = Notes()
+    experience = Experience(model)
+    for number in range(50):
+        keys = [*(f"system {part}" for part in range(6)), f"message {number}"]
+        experience.note_prompt(keys, float(number))
+        experience.note_answer(keys, 1, 10, number + 0.5)
+    assert sum(model.back) == pytest.approx(49 * 6 / 7)
+
+
+def test_another_attempt_at_a_turn_is_no_return() -> None:
+    class Ear(Returns):
+        num_prompts = 0
+
+        def note_prompt(self, keys: Sequence[str], now: float) -> None:
+            self.num_prompts += 1
+
+    policy = Ear()
+    driver = Driver(eviction=policy)
+    driver.join()
+    driver.replica()
+    for turn_id in ("s/1", "s/1", "s/2"):
+        driver.submit(turn_id, text(1, 8))
+    assert policy.num_prompts == 2

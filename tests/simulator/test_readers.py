@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from policies.simulator.generators import make_trace
-from policies.simulator.readers import FORMATS, read_trace, trace_files
+from policies.simulator.readers import FORMATS, read_trace
 from policies.simulator.trace import Trace, TraceError
 from tests.simulator.files import fault, line, write_lines
 from tests.simulator.invariants import check, shared_data
@@ -151,10 +151,6 @@ def test_the_real_traces_are_read_whole(name: str) -> None:
         check(trace)
 
 
-def test_a_folder_of_traces() -> None:
-    assert {path.stem for path in trace_files(shared_data("traces"))} == set(ROWS)
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +175,6 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert ":2: not UTF-8 (byte 0xe9)" in fault(tmp_path / "latin.jsonl")
     with pytest.raises(TraceError, match="gopher://x cannot be read"):
         read_trace("gopher://x")
-    with pytest.raises(TraceError, match="is not a folder"):
-        trace_files(tmp_path / "essay.txt")
 
 
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
@@ -194,11 +188,3 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="block_tokens is 0"):
         read_trace(path, format="mooncake:block_tokens=0")
     assert "cannot be read" in fault(path, format="parquet")
-
-
-def test_only_traces_are_listed(tmp_path: Path) -> None:
-    trace = write_lines(tmp_path / "b.jsonl", [line(0, 5, [1])])
-    (tmp_path / "a.txt").write_text("notes\n")
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "folder").mkdir()
-    assert trace_files(tmp_path) == [trace]

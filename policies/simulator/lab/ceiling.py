@@ -10,9 +10,9 @@ from policies.eviction.contract import ChunkFacts
 from policies.eviction.look_ahead import from_the_tail
 from policies.messages import ChunkKey
 from policies.places import Place
-from policies.simulator.marks import Marker
 from policies.simulator.oracle import NEVER, Oracle
 from policies.simulator.setup import Setup
+from policies.simulator.simulation import marker_of
 from policies.simulator.trace import Trace
 
 
@@ -48,13 +48,7 @@ def timed_oracle(trace: Trace, setup: Setup) -> TimedOracle:
 
 
 def _prompts(trace: Trace, setup: Setup) -> Iterator[list[ChunkKey]]:
-    marker = Marker(
-        trace,
-        setup.chunk_tokens,
-        setup.model.kv_bytes_per_token,
-        reuse=setup.reuse,
-        reuse_after_truncation=setup.reuse_after_truncation,
-    )
+    marker = marker_of(trace, setup)
     for request in trace:
         yield [mark.key for mark in marker.turn(request).prompt]
         marker.ended(request)

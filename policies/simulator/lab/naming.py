@@ -18,7 +18,7 @@ from policies.scheduler import Scheduler
 from policies.simulator.lab.errors import LabError
 from policies.simulator.simulation import POLICY_KINDS
 
-DEFAULT_EVICTION = "policies.eviction:Returns"
+DEFAULT_EVICTION = SchedulerConfig().eviction
 LRU = "policies.eviction:Lru"
 ORACLE = "oracle"
 """Stands in the place of an eviction policy; no import path is the same."""

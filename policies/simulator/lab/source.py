@@ -18,7 +18,7 @@ class Source:
     """A trace that can be loaded."""
 
     text: str
-    """A path, an fsspec URL, or a generator: "chat:sessions=500", see policies/simulator/generators."""
+    """A path, a URL that Arrow knows, or a generator: "chat:sessions=500", see policies/simulator/generators."""
     format: str | None = None
     """Of a file; None: told by its content."""
     limit: int | None = None

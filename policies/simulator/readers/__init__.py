@@ -68,20 +68,6 @@ def read_trace(path_or_url: str | Path, *, format: str | None = None, limit: int
     return reader.read(url, _name(url), limit)
 
 
-def trace_files(folder: str | Path) -> list[Path]:
-    """The files of a local folder that can be read as traces, by name; what is no trace is left out."""
-    if not Path(folder).is_dir():
-        raise TraceError(f"{folder} is not a folder: name one that holds traces")
-    return [path for path in sorted(Path(folder).iterdir()) if path.is_file() and _is_trace(path)]
-
-
-def _is_trace(path: Path) -> bool:
-    try:
-        return _format_of(str(path)) is not None
-    except TraceError:
-        return False
-
-
 def _file(url: str) -> str:
     """`url`, or the batch results in it if it is their folder."""
     kind = kind_of(url)
