@@ -65,6 +65,13 @@ class _Running:
             params = replace(params, seed=seed_of(self.request.turn_id))
         return replace(self.request, turn_id=self.name, sampling=params)
 
+    async def next_output(self) -> TurnOutput:
+        """All that came since the last call as one: a stream read slowly has fewer and longer pieces."""
+        output = await self.outputs.get()
+        while not self.outputs.empty():
+            output = output.followed_by(self.outputs.get_nowait())
+        return output
+
     def finished(self, replica_id: m.ReplicaId) -> m.TurnFinished:
         return m.TurnFinished(turn_id=self.dispatch.turn_id, replica_id=replica_id, attempt=self.dispatch.attempt)
 
@@ -135,7 +142,7 @@ class Replica:
             await self._shard.add.remote(running.named_request, dispatch.plan.steps, refs)
             text = self._text_stream(request)
             while not done:
-                output = await running.outputs.get()
+                output = await running.next_output()
                 if output.started is not None:
                     yield Started(await self._turn_started(running, output.started))
                 if output.finish_reason is not None:

@@ -24,6 +24,7 @@ from actors.sources import restore_sources
 from actors.wire import TurnRequest
 from policies import messages as m
 from storage.filesystem import open_reader
+from storage.keys import KeySpace
 from storage.tier import ChunkOpener
 
 IDLE_WAIT_S = 0.5
@@ -47,7 +48,7 @@ class ShardPlan:
 class ModelInfo:
     """What clients must know of the model to build prompts and keys."""
 
-    root: str
+    key_space: KeySpace
     chunk_tokens: int
     context_window: int
     max_turn_tokens: int  # prompt and answer of one turn together
@@ -56,6 +57,15 @@ class ModelInfo:
     prefill_tokens_per_s: float
     dtype: str
     device: str
+
+    @property
+    def root(self) -> str:
+        """Key of the empty prefix for those who belong to no tenant."""
+        return self.key_space.root()
+
+    def tenant_root(self, salt: str) -> str:
+        """Key of the empty prefix for a tenant: what is stored under it is found under no other."""
+        return self.key_space.salted(salt).root() if salt else self.root
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,8 @@ class Shard:
         self._max_turn_tokens = min(
             self._engine.loaded.context_window, plan.engine.num_blocks * plan.engine.block_tokens
         )
-        self._root = self._engine.loaded.key_space(plan.salt).root()
+        self._key_space = self._engine.loaded.key_space(plan.salt)
+        self._root = self._key_space.root()
         self._readers: dict[m.Tier, ChunkOpener] = {
             name: open_reader(url)
             for name, url in ((m.Tier.SSD, plan.ssd_url), (m.Tier.OBJECT, plan.object_url))
@@ -96,7 +107,7 @@ class Shard:
     def info(self) -> ModelInfo:
         loaded, config = self._engine.loaded, self._plan.engine
         return ModelInfo(
-            root=self._root,
+            key_space=self._key_space,
             chunk_tokens=config.chunk_tokens,
             context_window=loaded.context_window,
             max_turn_tokens=self._max_turn_tokens,
@@ -119,7 +130,7 @@ class Shard:
                 num_prior=turn.num_prior,
                 cuts=turn.cuts,
                 restore=restore,
-                root=self._root,
+                root=turn.root or self._root,
                 save=turn.reuse,
             )
         )

@@ -65,15 +65,23 @@ class Client:
         self._scheduler = scheduler
         self.model = model
 
-    async def run(self, request: TurnRequest, on_delta: Callable[[Delta], None] | None = None) -> Answer:
-        """Runs the turn to its end. Raises TurnFailed when no attempt succeeded; cancelling it cancels the turn."""
+    async def run(
+        self,
+        request: TurnRequest,
+        on_delta: Callable[[Delta], None] | None = None,
+        on_started: Callable[[TurnAccount], None] | None = None,
+    ) -> Answer:
+        """Runs the turn to its end. Raises TurnFailed when no attempt succeeded; cancelling it cancels the turn.
+
+        `on_started` hears once where the prompt's KV came from, before the first delta.
+        """
         num_tokens, limit = len(request.token_ids), self.model.max_turn_tokens
         if num_tokens >= limit:
             raise TurnFailed(
                 f"the prompt has {num_tokens} tokens but only {limit - 1} leave room for an answer (context window "
                 f"{self.model.context_window}, model.kv_tokens {self.model.kv_tokens})"
             )
-        progress = _Progress(request, on_delta)
+        progress = _Progress(request, on_delta, on_started)
         try:
             while not progress.done:
                 progress.begin()
@@ -108,7 +116,9 @@ class Client:
 
     def _describe(self, request: TurnRequest) -> m.Turn:
         """The turn as the scheduler sees it: marks instead of tokens."""
-        chain = keys.chain(self.model.root, request.token_ids, self.model.chunk_tokens, cuts=request.cuts)
+        chain = keys.chain(
+            request.root or self.model.root, request.token_ids, self.model.chunk_tokens, cuts=request.cuts
+        )
         return m.Turn(
             turn_id=request.turn_id,
             session_id=request.session_id,
@@ -124,12 +134,18 @@ class Client:
 class _Progress:
     """One turn over its attempts."""
 
-    def __init__(self, request: TurnRequest, on_delta: Callable[[Delta], None] | None) -> None:
+    def __init__(
+        self,
+        request: TurnRequest,
+        on_delta: Callable[[Delta], None] | None,
+        on_started: Callable[[TurnAccount], None] | None,
+    ) -> None:
         self.request = request
         self.answer = Answer(turn_id=request.turn_id)
         self.done = False
         self._prompt = request.token_ids
         self._on_delta = on_delta
+        self._on_started = on_started
         self._submitted = time.monotonic()
         self._attempt_began = self._submitted
         self._last_token: float | None = None
@@ -185,5 +201,7 @@ class _Progress:
         """The first attempt that started accounts for the prompt; what later ones compute again is counted apart."""
         if not self.answer.account.num_prompt_tokens:
             self.answer.account = account
+            if self._on_started is not None:
+                self._on_started(account)
         else:
             self.answer.retried_tokens += Counter(account.recomputed).total()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,10 @@ class KeySpace:
         """key(0) of every conversation in this space: 64 hex digits."""
         fields = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(_ROOT_TAG + fields.encode("ascii")).hexdigest()
+
+    def salted(self, salt: str) -> KeySpace:
+        """The part of this space that belongs to one tenant."""
+        return replace(self, salt=json.dumps([self.salt, salt]))
 
 
 def chain(
