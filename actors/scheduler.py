@@ -36,6 +36,17 @@ class Assignment:
     replica: Any  # actor handle
 
 
+class QueueFull(RuntimeError):  # noqa: N818 - named like the event
+    """The turn was not taken: as many as may wait are waiting."""
+
+    def __init__(self, num_waiting: int) -> None:
+        super().__init__(num_waiting)
+        self.num_waiting = num_waiting
+
+    def __str__(self) -> str:
+        return f"{self.num_waiting} turns are waiting already"
+
+
 @dataclass(slots=True)
 class _Member:
     handle: Any
@@ -88,8 +99,14 @@ class SchedulerActor:
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, turn: m.Turn) -> Assignment:
-        """Returns when the turn may run. The same turn_id again replaces an earlier attempt."""
+    async def submit(self, turn: m.Turn, max_waiting: int | None = None) -> Assignment:
+        """Returns when the turn may run. The same turn_id again replaces an earlier attempt.
+
+        QueueFull when so many turns wait already.
+        """
+        num_waiting = len(self._scheduler.board.queue)
+        if max_waiting is not None and num_waiting >= max_waiting:
+            raise QueueFull(num_waiting)
         earlier = self._waiting.pop(turn.turn_id, None)
         if earlier is not None:
             earlier.cancel()

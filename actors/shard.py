@@ -54,6 +54,7 @@ class ModelInfo:
     max_turn_tokens: int  # prompt and answer of one turn together
     kv_tokens: int  # capacity of a replica's pool
     kv_bytes_per_token: int
+    vocab_size: int
     prefill_tokens_per_s: float
     dtype: str
     device: str
@@ -113,6 +114,7 @@ class Shard:
             max_turn_tokens=self._max_turn_tokens,
             kv_tokens=config.kv_tokens,
             kv_bytes_per_token=loaded.kv_bytes_per_token,
+            vocab_size=loaded.vocab_size,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             dtype=loaded.dtype,
             device=str(loaded.device),

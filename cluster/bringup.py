@@ -10,9 +10,10 @@ import logging
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # A local Ray needs no token, and token mode switched on by accident locks `ray job submit` out.
@@ -52,15 +53,66 @@ class BringUpError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Names:
+    """Names under which the actors of one bring-up find each other."""
+
+    bring_up: str
+
+    @property
+    def scheduler(self) -> str:
+        return f"reprise-{self.bring_up}-scheduler"
+
+    def store(self, node_id: str) -> str:
+        return f"reprise-{self.bring_up}-store-{node_id}"
+
+
+@dataclass
 class Running:
-    """A cluster that takes turns."""
+    """A cluster that takes turns. Replicas and node stores may come and go while it runs."""
 
     config: Config
-    model: ModelInfo
-    client: Client
+    names: Names
     scheduler: Any
-    stores: dict[str, Any]
-    replicas: dict[str, Any]
+    stores: dict[str, Any] = field(default_factory=dict)
+    replicas: dict[str, Any] = field(default_factory=dict)
+    model: ModelInfo = field(init=False)
+    _places: dict[str, str] = field(default_factory=dict)  # replica -> node
+    _num_created: int = 0
+
+    @property
+    def client(self) -> Client:
+        return Client(self.scheduler, self.model)
+
+    def add_stores(self) -> list[str]:
+        """Stores for the nodes that have none; their ids."""
+        found = [node for node in _alive_nodes() if node["NodeID"] not in self.stores]
+        for node in found:
+            self.stores[node["NodeID"]] = _create_store(self.config, node, self.names)
+        return [node["NodeID"] for node in found]
+
+    def add_replicas(self, count: int) -> dict[str, Any]:
+        """So many more, round the nodes that have the resources; BringUpError when they do not fit. Not ready yet."""
+        nodes = _alive_nodes()
+        added = {}
+        for node in _spread(self.config, nodes, list(self._places.values()), count):
+            replica_id = f"replica-{self._num_created}"
+            self._num_created += 1
+            self._places[replica_id] = node["NodeID"]
+            added[replica_id] = node
+        sharing = Counter(self._places.values())
+        for replica_id, node in added.items():
+            self.replicas[replica_id] = _create_replica(
+                self.config, node, self.names, replica_id, sharing[node["NodeID"]]
+            )
+        return {replica_id: self.replicas[replica_id] for replica_id in added}
+
+    def remove_replica(self, replica_id: str) -> None:
+        """At once; whatever runs there runs elsewhere again."""
+        self._places.pop(replica_id, None)
+        replica = self.replicas.pop(replica_id, None)
+        if replica is not None:
+            ray.kill(replica, no_restart=True)
+            self.scheduler.replica_lost.remote(replica_id)
 
     def store_stats(self) -> list[dict[str, Any]]:
         return list(ray.get([store.stats.remote() for store in self.stores.values()], timeout=30))
@@ -76,38 +128,25 @@ class Running:
         return list(ray.get([replica.stats.remote() for replica in self.replicas.values()], timeout=30))
 
 
-@dataclass(frozen=True)
-class Names:
-    """Names under which the actors of one bring-up find each other."""
-
-    bring_up: str
-
-    @property
-    def scheduler(self) -> str:
-        return f"reprise-{self.bring_up}-scheduler"
-
-    def store(self, node_id: str) -> str:
-        return f"reprise-{self.bring_up}-store-{node_id}"
-
-
 @contextmanager
 def running(config: Config) -> Iterator[Running]:
     """Brings everything up, yields when the replicas are ready, tears down whatever happens.
 
     Raises BringUpError, ConfigError or ModelError in words for people.
     """
-    _check(config)
-    started_ray = _connect(config)
-    actors: list[Any] = []
+    check(config)
+    started_ray = connect(config)
+    cluster = _begin(config)
     try:
-        yield _bring_up(config, actors)
+        _complete(cluster)
+        yield cluster
     finally:
-        if config.cluster.record and actors:
-            end_recording(actors[0])
-        _tear_down(actors, started_ray)
+        if config.cluster.record:
+            end_recording(cluster.scheduler)
+        _tear_down([cluster.scheduler, *cluster.stores.values(), *cluster.replicas.values()], started_ray)
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """What can be told before anything is started."""
     if not config.model.path:
         raise ConfigError("no model: give --model, or model.path in the configuration (a folder or a hub id)")
@@ -119,8 +158,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"scheduler: {error}") from None
 
 
-def _connect(config: Config) -> bool:
-    """True if this process's ray.init is ours to shut down."""
+def connect(config: Config) -> bool:
+    """Joins a Ray cluster, or starts a local one; True if it is this process's to shut down. Raises BringUpError."""
     if ray.is_initialized():
         return False
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -155,24 +194,27 @@ def _local_store_bytes(config: Config) -> int:
     return wanted
 
 
-def _bring_up(config: Config, actors: list[Any]) -> Running:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+def _begin(config: Config) -> Running:
     names = Names(uuid.uuid4().hex[:8])
     scheduler = (
         ray.remote(SchedulerActor)
         .options(name=names.scheduler, num_cpus=0, max_restarts=-1, max_concurrency=MAX_WAITING, max_task_retries=0)
         .remote(config.scheduler, SILENCE_BEATS * config.cluster.heartbeat_s, record=record_plan(config.cluster))
     )
-    actors.append(scheduler)
-    stores = {node["NodeID"]: _create_store(config, node, names) for node in nodes}
-    actors += stores.values()
-    replicas = _create_replicas(config, nodes, names)
-    actors += replicas.values()
+    return Running(config, names, scheduler)
+
+
+def _complete(cluster: Running) -> None:
+    """Stores and replicas, ready for turns."""
+    config = cluster.config
+    cluster.add_stores()
+    cluster.add_replicas(config.cluster.num_replicas)
     try:
         limit_s = config.cluster.start_limit_s
-        check_recording(scheduler, limit_s)
-        ray.get([store.ready.remote() for store in stores.values()], timeout=limit_s)
-        infos: list[ModelInfo] = ray.get([replica.ready.remote() for replica in replicas.values()], timeout=limit_s)
+        check_recording(cluster.scheduler, limit_s)
+        ray.get([store.ready.remote() for store in cluster.stores.values()], timeout=limit_s)
+        ready = [replica.ready.remote() for replica in cluster.replicas.values()]
+        infos: list[ModelInfo] = ray.get(ready, timeout=limit_s)
     except GetTimeoutError:
         raise BringUpError(
             f"the replicas were not ready after {config.cluster.start_limit_s:g} s: other jobs may hold the CPUs or "
@@ -184,7 +226,11 @@ def _bring_up(config: Config, actors: list[Any]) -> Running:
         raise BringUpError(f"an actor died while starting: {_first_line(error)}") from error
     if len({info.root for info in infos}) > 1:
         raise BringUpError("replicas loaded different models; the model's folder must be the same on every node")
-    return Running(config, infos[0], Client(scheduler, infos[0]), scheduler, stores, replicas)
+    cluster.model = infos[0]
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _create_store(config: Config, node: dict[str, Any], names: Names) -> Any:
@@ -226,42 +272,44 @@ def _place(url: str | None, node: dict[str, Any]) -> str | None:
     return url.replace("{node_ip}", node["NodeManagerAddress"]) if url else None
 
 
-def _create_replicas(config: Config, nodes: list[dict[str, Any]], names: Names) -> dict[str, Any]:
-    """Round the nodes that have the resources; refuses at once what could never be placed."""
-    places = _spread(config, nodes)
-    replicas = {}
-    for index, node in enumerate(places):
-        node_id = node["NodeID"]
-        replica_id = f"replica-{index}"
-        plan = _replica_plan(config, node, sharing=places.count(node))
-        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        replicas[replica_id] = (
-            ray.remote(Replica)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
-            .remote(replica_id, plan, names.scheduler, names.store(node_id), node_id)
-        )
-    return replicas
+def _create_replica(config: Config, node: dict[str, Any], names: Names, replica_id: str, sharing: int) -> Any:
+    node_id = node["NodeID"]
+    plan = _replica_plan(config, node, sharing)
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return (
+        ray.remote(Replica)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
+        .remote(replica_id, plan, names.scheduler, names.store(node_id), node_id)
+    )
 
 
-def _spread(config: Config, nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _spread(config: Config, nodes: list[dict[str, Any]], taken: list[str], count: int) -> list[dict[str, Any]]:
+    """Nodes for so many replicas, beside those that have places already; refuses what could never be placed."""
     section = config.cluster
     free = {node["NodeID"]: dict(node["Resources"]) for node in nodes}
+    for node_id in taken:
+        if node_id in free:
+            _take(free[node_id], section.cpus_per_replica, section.gpus_per_replica)
     places: list[dict[str, Any]] = []
-    while len(places) < section.num_replicas:
+    while len(places) < count:
         fitting = [
             node for node in nodes if _fits(free[node["NodeID"]], section.cpus_per_replica, section.gpus_per_replica)
         ]
         if not fitting:
             raise BringUpError(
-                f"only {len(places)} of {section.num_replicas} replicas fit: each needs {section.cpus_per_replica:g} "
+                f"only {len(places)} of {count} replicas fit: each needs {section.cpus_per_replica:g} "
                 f"CPUs and {section.gpus_per_replica:g} GPUs; lower cluster.num_replicas or cluster.cpus_per_replica, "
                 f"or add nodes"
             )
-        node = min(fitting, key=places.count)
-        free[node["NodeID"]]["CPU"] = free[node["NodeID"]].get("CPU", 0) - section.cpus_per_replica
-        free[node["NodeID"]]["GPU"] = free[node["NodeID"]].get("GPU", 0) - section.gpus_per_replica
+        node = min(fitting, key=lambda node: places.count(node) + taken.count(node["NodeID"]))
+        _take(free[node["NodeID"]], section.cpus_per_replica, section.gpus_per_replica)
         places.append(node)
     return places
+
+
+def _take(resources: dict[str, float], cpus: float, gpus: float) -> None:
+    resources["CPU"] = resources.get("CPU", 0) - cpus
+    resources["GPU"] = resources.get("GPU", 0) - gpus
 
 
 def _fits(resources: dict[str, float], cpus: float, gpus: float) -> bool:

@@ -30,6 +30,7 @@ from typing import Any
 
 import jinja2
 
+from actors.engine.text import TextStream
 from cluster.conversations import Message
 
 FALLBACK_TEMPLATE = (
@@ -56,23 +57,30 @@ class RenderedPrompt:
     depends on the system message only; each earlier prompt; each earlier answer less its last token."""
     drift_at: int | None
     """Where these tokens leave those of the turn before (its prompt and answer); None if they go on from them."""
+    num_shared: int = 0
+    """Tokens that depend on the system message only."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """An answered turn. `lead` is the text of its prompt after the answer before."""
+class AnsweredTurn:
+    """An answered turn. Its prompt are the first `num_kept` tokens of the turn before, answer included, and then
+    `prompt_ids`."""
 
     messages: tuple[Message, ...]
     lead: str
+    """The text of its prompt after the answer before."""
+    num_kept: int
+    prompt_ids: TokenIds
     answer: str
     token_ids: TokenIds
+    """Of the answer."""
 
 
 class ChatFormat:
     """A tokenizer with its chat template. Holds no session."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = self.tokenizer = tokenizer
         self._template: str | None = None if getattr(tokenizer, "chat_template", None) else FALLBACK_TEMPLATE
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(added | set(tokenizer.all_special_ids))
@@ -87,6 +95,10 @@ class ChatFormat:
         """Ids of a text that begins a prompt; nothing is added."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def tokenize_prompt(self, text: str) -> TokenIds:
+        """Ids of a whole prompt that no template made: with the tokens that the tokenizer begins a text with."""
+        return tuple(self._tokenizer.encode(text))
+
     def tokenize_after(self, text: str) -> TokenIds:
         """Ids of a text that goes on after an answer or a header: without the space that some tokenizers begin with."""
         anchor = self._tokenizer.eos_token
@@ -95,6 +107,18 @@ class ChatFormat:
             if ids and ids[0] == self._tokenizer.eos_token_id:
                 return tuple(ids[1:])
         return self.tokenize(text)
+
+    def answer_ids(self, token_ids: Sequence[int], text: str, num_kept: int | None = None) -> TokenIds:
+        """The ids of an answer that a stop string ended: the `num_kept` tokens wholly before it, as the model gave
+        them, and what else belongs to `text`. None: no stop string did."""
+        if num_kept is None:
+            return tuple(token_ids)
+        stream = TextStream(self._tokenizer)
+        kept = "".join([stream.push(token_id) for token_id in token_ids[:num_kept]] + [stream.finish()])
+        if not text.startswith(kept):  # a character was cut in two
+            return self.tokenize_after(text)
+        rest = text[len(kept) :]
+        return (*token_ids[:num_kept], *(self.tokenize_after(rest) if rest else ()))
 
     def shared_prefix(self, messages: Sequence[Message]) -> TokenIds:
         """The tokens every prompt with the same leading system messages begins with."""
@@ -166,7 +190,7 @@ class Transcript:
     def __init__(self, chat: ChatFormat, session_id: str) -> None:
         self.session_id = session_id
         self._chat = chat
-        self._turns: list[_Turn] = []
+        self._turns: list[AnsweredTurn] = []
         self._known: TokenIds = ()  # prompt and answer of the last turn
         self._asked: tuple[tuple[Message, ...], str, TokenIds] | None = None  # messages, lead and ids of a prompt
         self._pieces: dict[str, TokenIds] = {}  # text between answers, of the last prompt
@@ -177,13 +201,15 @@ class Transcript:
         messages = self._messages(new, {})
         text, exact = self._render_exact(new, messages)
         token_ids, cuts, lead = self._splice(text, exact)
-        cuts.add(_common(token_ids, self._chat.shared_prefix(messages)))
+        num_shared = _common(token_ids, self._chat.shared_prefix(messages))
+        cuts.add(num_shared)
         agreed = _common(token_ids, self._known)
         self._asked = (new, lead, token_ids)
         return RenderedPrompt(
             token_ids=token_ids,
             cuts=tuple(sorted(cut for cut in cuts if 0 < cut < len(token_ids))),
             drift_at=agreed if agreed < len(self._known) else None,
+            num_shared=num_shared,
         )
 
     def add_answer(self, token_ids: Sequence[int], text: str) -> None:
@@ -191,7 +217,16 @@ class Transcript:
         if self._asked is None:
             raise ValueError(f"session {self.session_id}: there is no prompt to answer; call prompt() first")
         new, lead, prompt_ids = self._asked
-        self._turns.append(_Turn(messages=new, lead=lead, answer=text, token_ids=tuple(token_ids)))
+        num_kept = _common(prompt_ids, self._known)
+        turn = AnsweredTurn(
+            messages=new,
+            lead=lead,
+            num_kept=num_kept,
+            prompt_ids=prompt_ids[num_kept:],
+            answer=text,
+            token_ids=tuple(token_ids),
+        )
+        self._turns.append(turn)
         self._known = prompt_ids + tuple(token_ids)
         self._asked = None
 
@@ -199,29 +234,24 @@ class Transcript:
         """An answer that the model did not give: tokenised once, here."""
         self.add_answer(self._chat.tokenize_after(text), text)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. A prompt without an answer is not part of it."""
-        turns = [
-            {
-                "messages": [{"role": message.role, "content": message.content} for message in turn.messages],
-                "lead": turn.lead,
-                "answer": turn.answer,
-                "token_ids": list(turn.token_ids),
-            }
-            for turn in self._turns
-        ]
-        return {"session_id": self.session_id, "turns": turns, "known": list(self._known)}
+    @property
+    def turns(self) -> tuple[AnsweredTurn, ...]:
+        """What makes the history; a prompt without an answer is not part of it."""
+        return tuple(self._turns)
 
-    @classmethod
-    def from_dict(cls, chat: ChatFormat, data: Mapping[str, Any]) -> Transcript:
-        """The transcript that `to_dict` described, under the same tokenizer."""
-        transcript = cls(chat, data["session_id"])
-        for turn in data["turns"]:
-            messages = tuple(Message(message["role"], message["content"]) for message in turn["messages"])
-            ids = tuple(turn["token_ids"])
-            transcript._turns.append(_Turn(messages=messages, lead=turn["lead"], answer=turn["answer"], token_ids=ids))
-        transcript._known = tuple(data["known"])
-        return transcript
+    def fork(self) -> Transcript:
+        """A copy that goes its own way, the last prompt included."""
+        copy = Transcript(self._chat, self.session_id)
+        copy._turns, copy._known = list(self._turns), self._known
+        copy._asked, copy._pieces = self._asked, self._pieces
+        return copy
+
+    def extend(self, turns: Sequence[AnsweredTurn]) -> None:
+        """Turns that another transcript with the same history has seen, under the same tokenizer."""
+        for turn in turns:
+            self._turns.append(turn)
+            self._known = self._known[: turn.num_kept] + turn.prompt_ids + turn.token_ids
+        self._asked = None
 
     def _messages(self, new: tuple[Message, ...], places: Mapping[int, str]) -> list[Message]:
         """History and new messages; the answers that have a place are shown as that."""

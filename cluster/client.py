@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors.engine.params import SampledToken
 from actors.engine.turns import FinishReason
-from actors.scheduler import Assignment
+from actors.scheduler import Assignment, QueueFull
 from actors.shard import ModelInfo
 from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
 from policies import messages as m
@@ -61,9 +61,11 @@ class Answer:
 class Client:
     """Submits turns to a scheduler actor. Safe for many turns at a time in one event loop."""
 
-    def __init__(self, scheduler: Any, model: ModelInfo) -> None:
+    def __init__(self, scheduler: Any, model: ModelInfo, max_waiting: int | None = None) -> None:
+        """`max_waiting`: with so many turns waiting, a new one raises QueueFull."""
         self._scheduler = scheduler
         self.model = model
+        self._max_waiting = max_waiting
 
     async def run(
         self,
@@ -95,7 +97,7 @@ class Client:
         replica_id = ""
         try:
             request = progress.request
-            assignment: Assignment = await self._scheduler.submit.remote(self._describe(request))
+            assignment = await self._submit(request, is_new=progress.answer.num_attempts == 1)
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
             stream = assignment.replica.generate.options(num_returns="streaming")
@@ -103,6 +105,17 @@ class Client:
                 progress.receive(await ref)
         except RayError as error:
             await self._recover(progress, replica_id, error)
+
+    async def _submit(self, request: TurnRequest, is_new: bool) -> Assignment:
+        """A turn that was taken once is not refused later on."""
+        try:
+            limit = self._max_waiting if is_new else None
+            assignment: Assignment = await self._scheduler.submit.remote(self._describe(request), limit)
+        except RayTaskError as error:
+            if isinstance(error.cause, QueueFull):
+                raise error.cause from None
+            raise
+        return assignment
 
     async def _recover(self, progress: _Progress, replica_id: str, error: RayError) -> None:
         """An actor failed: tell the scheduler, wait a little, let the next attempt go on."""

@@ -108,6 +108,39 @@ class ClusterSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServingSection:
+    """Online chat: who may ask, how much, and what is remembered."""
+
+    __pydantic_config__ = _STRICT
+
+    model_name: str = ""
+    """Under which clients ask for the model; empty takes the last part of model.path."""
+    keys_file: str | None = None
+    """API keys and tenants (`reprise keys new`). None: everybody may ask, and administer."""
+    metrics_need_admin: bool = False
+    """Whether /metrics wants an administrator's key."""
+    default_max_tokens: Positive = 1024
+    """Of an answer whose request does not say."""
+    max_waiting_turns: Positive = 1000
+    """Turns that may wait for a replica; further ones are refused with 429."""
+    max_body_bytes: Annotated[Bytes, Field(gt=0)] = 8 * 1024**2
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """No answer takes longer; a request may ask for less (x-request-timeout)."""
+    history_path: str | None = None
+    """SQLite file in which conversations are remembered over restarts; None puts it beside a local SSD tier, if there
+    is one, and else remembers in memory."""
+    history_bytes: Annotated[Bytes, Field(gt=0)] = 1024**3
+    num_fronts: Positive = 1
+    """HTTP processes: they tokenise, and stream to the clients."""
+    max_replicas: Annotated[int, Field(ge=0)] = 0
+    """Above cluster.num_replicas: replicas are added and removed between the two as load wants it."""
+    drain_s: Annotated[float, Field(gt=0)] = 60.0
+    """On an update or shutdown: how long running turns may take to end."""
+    hang_limit_s: Annotated[float, Field(gt=0)] = 120.0
+    """A replica whose engine has work and makes no step for so long is started anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything, by section."""
 
@@ -117,6 +150,7 @@ class Config:
     store: StoreSection = field(default_factory=StoreSection)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cluster: ClusterSection = field(default_factory=ClusterSection)
+    serving: ServingSection = field(default_factory=ServingSection)
 
     def __post_init__(self) -> None:
         model = self.model

@@ -1,6 +1,5 @@
 """A session's history keeps its tokens under templates of every style, and drift is reported where it begins."""
 
-import json
 import random
 
 import pytest
@@ -396,6 +395,19 @@ def test_a_transcript_survives_a_restart(byte_level, template):
             transcript.add_recorded_answer("A recorded one.")
         else:
             transcript.add_answer([*strange_ids(byte_level, "An answer."), byte_level.eos_token_id], "An answer.")
-    again = Transcript.from_dict(chat, json.loads(json.dumps(transcript.to_dict())))
-    assert again.to_dict() == transcript.to_dict()
+    again = Transcript(chat, "s")
+    again.extend(transcript.turns)
     assert again.prompt(user("Next?")) == transcript.prompt(user("Next?"))
+
+
+def test_a_fork_goes_its_own_way(byte_level):
+    transcript = Transcript(use(byte_level, CHATML), "s")
+    transcript.prompt(user("Hi"))
+    fork = transcript.fork()
+    transcript.add_answer([300], byte_level.decode([300]))
+    fork.add_answer([301, 302], byte_level.decode([301, 302]))
+    ours, theirs = transcript.prompt(user("So?")).token_ids, fork.prompt(user("So?")).token_ids
+    assert 300 in ours
+    assert 301 not in ours
+    assert 301 in theirs
+    assert 300 not in theirs

@@ -1,0 +1,130 @@
+"""Routes beyond OpenAI's, under /reprise/v1: a tenant's own sessions, and for administrators the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from cluster.serving.errors import ApiError, refuse
+from cluster.serving.service import Caller, Service
+from cluster.serving.streaming import EventStream
+
+router = APIRouter(prefix="/reprise/v1")
+
+LIVE_S = 1.0
+"""How often a live view is sent."""
+
+
+class PinRequest(BaseModel):
+    """How long to keep a session's KV; 0 ends a pin."""
+
+    seconds: Annotated[float, Field(ge=0, le=1e9)]
+
+
+@router.get("/info")
+async def info(request: Request) -> dict[str, Any]:
+    """What is served here. Needs no key: it says whether one is needed."""
+    service = _service(request)
+    model = service.connection.model
+    return {
+        "model": service.model_name,
+        "context_window": model.context_window,
+        "max_turn_tokens": model.max_turn_tokens,
+        "chunk_tokens": model.chunk_tokens,
+        "kv_bytes_per_token": model.kv_bytes_per_token,
+        "version": service.version,
+        "auth_required": service.keyring.is_closed,
+    }
+
+
+@router.get("/conversations/{session_id}")
+async def conversation(session_id: str, request: Request) -> dict[str, Any]:
+    """One of the caller's sessions: its last turn's figures, and where its KV lies."""
+    return await _service(request).administration.describe(caller_of(request).scope, session_id)
+
+
+@router.post("/conversations/{session_id}/advise", status_code=202)
+async def advise(session_id: str, request: Request) -> dict[str, Any]:
+    """It is about to speak: its KV is brought near."""
+    await _service(request).administration.advise(caller_of(request).scope, session_id)
+    return {"expected": True}
+
+
+@router.post("/conversations/{session_id}/pin")
+async def pin(session_id: str, body: PinRequest, request: Request) -> dict[str, Any]:
+    """Its KV stays for so long."""
+    session = await _service(request).administration.pin(caller_of(request).scope, session_id, body.seconds)
+    return {"pinned_until": session.pinned_until}
+
+
+@router.post("/conversations/{session_id}/expire")
+async def expire(session_id: str, request: Request) -> dict[str, Any]:
+    """Its KV is the first to go from now on."""
+    await _service(request).administration.expire(caller_of(request).scope, session_id)
+    return {"expired": True}
+
+
+@router.delete("/conversations/{session_id}")
+async def delete(session_id: str, request: Request) -> dict[str, Any]:
+    """Its KV leaves every tier, and its history memory and disk."""
+    return await _service(request).administration.delete(caller_of(request).scope, session_id)
+
+
+@router.get("/cluster")
+async def cluster(request: Request) -> dict[str, Any]:
+    """Tiers, replicas and queue; for administrators."""
+    administrator_of(request)
+    return await _service(request).administration.cluster()
+
+
+@router.get("/live", response_model=None)
+async def live(request: Request) -> EventStream:
+    """The same as /cluster once a second, as server-sent events."""
+    administrator_of(request)
+    service = _service(request)
+
+    async def views() -> AsyncIterator[bytes]:
+        while True:
+            try:
+                yield b"data: " + json.dumps(await service.administration.cluster()).encode() + b"\n\n"
+            except ApiError:
+                yield b": the scheduler does not answer\n\n"
+            await asyncio.sleep(LIVE_S)
+
+    async def close() -> None:
+        pass
+
+    return EventStream(views(), close, {})
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks. ApiError 401 for an unknown key."""
+    headers = request.headers
+    timeout = headers.get("x-request-timeout")
+    try:
+        timeout_s = float(timeout) if timeout is not None else None
+    except ValueError:
+        raise refuse("x-request-timeout must be a number of seconds", "x-request-timeout") from None
+    caller = _service(request).caller(
+        headers.get("authorization"), request.state.request_id, headers.get("x-session-id"), timeout_s
+    )
+    request.state.facts["tenant"] = caller.tenant.name
+    return caller
+
+
+def administrator_of(request: Request) -> Caller:
+    """Who asks, if that is an administrator. ApiError 403 for others."""
+    caller = caller_of(request)
+    if not caller.tenant.admin:
+        raise ApiError(403, "this is for administrators: ask with an administrator's key")
+    return caller
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,276 @@
+"""Recognising conversations: a client sends its whole history again, and gets back the very tokens that it was.
+
+Every answered exchange has a name, a hash over all messages up to it and the answer:
+
+    name(i) = H(name(i-1), messages of exchange i, answer i less whitespace around it)      name(-1) = scope
+
+Under the name lies what the exchange was made of in tokens. A request's history is looked up from its end on; where
+it was edited or branched the names differ from there on, and what comes before is found. An answer that nobody here
+gave (another model's, a history from elsewhere) is tokenised once and then kept like one of ours. Texts of plain
+completions have names too: of the longest known text that a prompt begins with.
+
+`scope` is the model's root key of a tenant: others have other names for the same words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import zstandard
+
+from cluster.chat import AnsweredTurn, ChatFormat, RenderedPrompt, TokenIds, Transcript
+from cluster.conversations import Message
+from storage.histories import Record
+
+BLOCK_CHARS = 512  # of a completion's text: texts that agree in so many characters meet in one bucket
+MAX_IN_MEMORY = 2048  # transcripts and texts held by one front process
+
+Result = TypeVar("Result")
+
+
+class Shelf(Protocol):
+    """Where records are kept; may fail, which costs recognition and nothing else."""
+
+    async def get(self, keys: list[str]) -> list[Record]:
+        """Everything under these keys."""
+
+    async def put(self, records: list[Record]) -> None:
+        """Keeps these."""
+
+
+@dataclass(kw_only=True)
+class Recalled:
+    """A request's conversation: its prompt, and what is needed to remember how it goes on."""
+
+    session_id: str
+    prompt: RenderedPrompt
+    scope: str
+    is_known: bool
+    """Whether any answer of its history, or the beginning of its text, was given here."""
+    name: str = ""
+    """Of the exchange before this turn."""
+    new: tuple[Message, ...] = ()
+    transcript: Transcript | None = None
+    text: str | None = None
+    """A completion's prompt; then there is no transcript. With neither, the prompt came as token ids."""
+    foreign: list[Record] = field(default_factory=list)
+    """Of answers in the history that were not known until now."""
+
+
+class Recollection:
+    """One front process's memory of conversations, before the shelf that all share."""
+
+    def __init__(self, chat: ChatFormat, shelf: Shelf) -> None:
+        self.chat = chat
+        self._shelf = shelf
+        self._transcripts: OrderedDict[str, tuple[str, Transcript]] = OrderedDict()  # name -> session, history
+        self._texts: OrderedDict[str, TokenIds] = OrderedDict()  # scope and name of a text -> its ids
+        # One thread: tokenizers may not be used by two at a time, and the event loop has streams to serve meanwhile.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+
+    # --- chats --------------------------------------------------------------------------------------------------------
+
+    async def recall(self, scope: str, messages: Sequence[Message], session_id: str | None) -> Recalled:
+        """The conversation that these messages are. Raises TemplateError for messages the template refuses."""
+        exchanges, new = split(messages)
+        names = _names(scope, exchanges)
+        found = next((i for i in range(len(names), 0, -1) if names[i - 1] in self._transcripts), 0)
+        owner, transcript = "", None
+        if found:
+            owner, known = self._transcripts[names[found - 1]]
+            self._transcripts.move_to_end(names[found - 1])
+            transcript = known.fork()
+        records = {record.key: record for record in await self._ask_shelf(names[found:])}
+        if not owner and records:
+            owner = next(records[name].owner for name in reversed(names) if name in records)
+        is_known = bool(found or records)
+        owner = f"{scope}/{session_id}" if session_id else owner or f"{scope}/{uuid.uuid4()}"
+        session = owner.removeprefix(f"{scope}/")
+        if transcript is None:
+            transcript = Transcript(self.chat, session)
+        foreign: list[Record] = []
+
+        def build() -> RenderedPrompt:
+            for (asked, answer), name in zip(exchanges[found:], names[found:]):
+                if name in records:
+                    transcript.extend([_turn_of(records[name].value, asked)])
+                else:
+                    transcript.prompt(asked)
+                    transcript.add_recorded_answer(answer)
+                    foreign.append(Record(name, owner, _value_of(transcript.turns[-1])))
+            return transcript.prompt(new)
+
+        prompt = await self._compute(build)
+        return Recalled(
+            session_id=session,
+            prompt=prompt,
+            scope=scope,
+            is_known=is_known,
+            name=names[-1] if names else scope,
+            new=new,
+            transcript=transcript,
+            foreign=foreign,
+        )
+
+    # --- texts --------------------------------------------------------------------------------------------------------
+
+    async def recall_text(self, scope: str, text: str, session_id: str | None) -> Recalled:
+        """A completion's prompt: the ids of the longest known text it begins with, and the rest tokenised."""
+        buckets = _buckets(scope, text)
+        records = await self._ask_shelf(list(reversed(buckets)))
+        fitting = [record for record in records if _begins(text, record.part)]
+        best = max(fitting, key=lambda record: _length(record.part), default=None)
+        length = _length(best.part) if best is not None else 0
+        owner = f"{scope}/{session_id}" if session_id else best.owner if best is not None else f"{scope}/{uuid.uuid4()}"
+
+        def build() -> RenderedPrompt:
+            if best is None:
+                return RenderedPrompt(token_ids=self.chat.tokenize_prompt(text), cuts=(), drift_at=None)
+            known = self._texts.get(f"{scope}/{best.part}") or _ids_of(best.value)
+            rest = self.chat.tokenize_after(text[length:]) if text[length:] else ()
+            return RenderedPrompt(token_ids=known + rest, cuts=(len(known),) if rest else (), drift_at=None)
+
+        return Recalled(
+            session_id=owner.removeprefix(f"{scope}/"),
+            prompt=await self._compute(build),
+            scope=scope,
+            is_known=best is not None,
+            text=text,
+        )
+
+    def of_ids(self, scope: str, token_ids: TokenIds, session_id: str | None) -> Recalled:
+        """A completion's prompt that its client has tokenised: nothing is to be recognised, or remembered."""
+        prompt = RenderedPrompt(token_ids=token_ids, cuts=(), drift_at=None)
+        return Recalled(session_id=session_id or str(uuid.uuid4()), prompt=prompt, scope=scope, is_known=False)
+
+    # --- afterwards ---------------------------------------------------------------------------------------------------
+
+    async def remember(self, recalled: Recalled, token_ids: TokenIds, text: str) -> None:
+        """The answer that the turn got (its end token included): the next request may go on from it."""
+        owner = f"{recalled.scope}/{recalled.session_id}"
+        if recalled.transcript is None and recalled.text is None:
+            return
+        if recalled.transcript is None:
+            assert recalled.text is not None
+            whole, ids = recalled.text + text, recalled.prompt.token_ids + self._without_end(token_ids)
+            part = _part(whole)
+            self._texts[f"{recalled.scope}/{part}"] = ids
+            _trim(self._texts)
+            records = [Record(_buckets(recalled.scope, whole)[-1], owner, _pack({"ids": list(ids)}), part)]
+        else:
+            transcript = recalled.transcript.fork()
+            transcript.add_answer(token_ids, text)
+            name = _names(recalled.name, [(recalled.new, text)])[0]
+            self._transcripts[name] = (owner, transcript)
+            _trim(self._transcripts)
+            records = [*recalled.foreign, Record(name, owner, _value_of(transcript.turns[-1]))]
+        await self._shelf.put(records)
+
+    def forget(self, scope: str, session_id: str) -> None:
+        """A conversation was deleted."""
+        owner = f"{scope}/{session_id}"
+        for name in [name for name, (other, _) in self._transcripts.items() if other == owner]:
+            del self._transcripts[name]
+        for text in [text for text in self._texts if text.startswith(f"{scope}/")]:  # which session's is not known
+            del self._texts[text]
+
+    def _without_end(self, token_ids: TokenIds) -> TokenIds:
+        """A text has no end token."""
+        return token_ids[:-1] if token_ids and token_ids[-1] in self.chat.special_ids else token_ids
+
+    async def _ask_shelf(self, names: list[str]) -> list[Record]:
+        return await self._shelf.get(names) if names else []
+
+    async def _compute(self, build: Callable[[], Result]) -> Result:
+        work: Awaitable[Result] = asyncio.get_running_loop().run_in_executor(self._pool, build)
+        return await work
+
+
+def split(messages: Sequence[Message]) -> tuple[list[tuple[tuple[Message, ...], str]], tuple[Message, ...]]:
+    """(exchanges: the messages before each answer, and the answer; the messages after the last answer)."""
+    exchanges: list[tuple[tuple[Message, ...], str]] = []
+    waiting: list[Message] = []
+    for message in messages:
+        if message.role == "assistant":
+            exchanges.append((tuple(waiting), message.content))
+            waiting = []
+        else:
+            waiting.append(message)
+    return exchanges, tuple(waiting)
+
+
+def _names(before: str, exchanges: Sequence[tuple[tuple[Message, ...], str]]) -> list[str]:
+    names = []
+    for asked, answer in exchanges:
+        words = json.dumps([[[message.role, message.content] for message in asked], answer.strip()])
+        before = hashlib.sha256(f"{before}\n{words}".encode()).hexdigest()
+        names.append(before)
+    return names
+
+
+def _value_of(turn: AnsweredTurn) -> bytes:
+    return _pack(
+        {
+            "lead": turn.lead,
+            "num_kept": turn.num_kept,
+            "prompt_ids": turn.prompt_ids,
+            "answer": turn.answer,
+            "token_ids": turn.token_ids,
+        }
+    )
+
+
+def _turn_of(value: bytes, asked: tuple[Message, ...]) -> AnsweredTurn:
+    fields = _unpack(value)
+    fields["prompt_ids"], fields["token_ids"] = tuple(fields["prompt_ids"]), tuple(fields["token_ids"])
+    return AnsweredTurn(messages=asked, **fields)
+
+
+def _ids_of(value: bytes) -> TokenIds:
+    return tuple(_unpack(value)["ids"])
+
+
+def _pack(fields: dict[str, Any]) -> bytes:
+    return zstandard.compress(json.dumps(fields, separators=(",", ":")).encode(), 1)
+
+
+def _unpack(value: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(zstandard.decompress(value))
+    return fields
+
+
+def _buckets(scope: str, text: str) -> list[str]:
+    """Names of the text's beginnings of 0, 1, 2, ... whole blocks."""
+    name = hashlib.sha256(f"{scope}\ntext".encode()).hexdigest()
+    names = [name]
+    for start in range(0, len(text) - BLOCK_CHARS + 1, BLOCK_CHARS):
+        block = text[start : start + BLOCK_CHARS]
+        name = hashlib.sha256(f"{name}\n".encode() + block.encode("utf-8", "surrogatepass")).hexdigest()
+        names.append(name)
+    return names
+
+
+def _part(text: str) -> str:
+    return f"{len(text)}:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _length(part: str) -> int:
+    return int(part.partition(":")[0])
+
+
+def _begins(text: str, part: str) -> bool:
+    length = _length(part)
+    return 0 < length <= len(text) and _part(text[:length]) == part
+
+
+def _trim(memory: OrderedDict[str, Any]) -> None:
+    while len(memory) > MAX_IN_MEMORY:
+        memory.popitem(last=False)

@@ -1,0 +1,327 @@
+"""What a front process does with a request: whose it is, which conversation, what to run, what to remember.
+
+    request -> caller -> recollection: prompt -> quota -> generation -> answer -> recollection, book, metrics
+
+HTTP is `api`'s, the cluster's parts are reached through a `Connection`. One Service serves one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from typing import Any
+
+from ray.exceptions import RayError
+
+from actors.engine.params import SamplingParams, seed_of
+from actors.wire import TurnRequest
+from cluster.chat import ChatFormat, TemplateError
+from actors.scheduler import QueueFull
+from cluster.client import Answer, TurnFailed
+from cluster.config import ServingSection
+from cluster.serving.administration import Administration
+from cluster.serving.connection import Connection
+from cluster.serving.errors import ApiError, refuse
+from cluster.serving.generation import Generation, Job
+from cluster.serving.metrics import Metrics
+from cluster.serving.openai_bodies import Speller
+from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest
+from cluster.serving.quotas import Admission, QuotaExceeded, Quotas
+from cluster.serving.recollection import Recalled, Recollection
+from cluster.serving.sessions import LastTurn, Session, SessionBook, scheduler_session
+from cluster.serving.tenants import KeyRing, Tenant
+from policies.messages import Mark
+from storage import keys
+
+log = logging.getLogger(__name__)
+
+MAX_SESSION_ID = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who asks, and what they said of themselves."""
+
+    tenant: Tenant
+    scope: str
+    """The root key under which everything of this tenant is stored."""
+    request_id: str
+    session_id: str | None = None
+    timeout_s: float | None = None
+
+
+@dataclass
+class Service:
+    """See the module's docstring."""
+
+    section: ServingSection
+    connection: Connection
+    chat: ChatFormat
+    keyring: KeyRing
+    metrics: Metrics
+    version: str = field(default_factory=lambda: metadata.version("reprise"))
+    started_at: float = field(default_factory=time.time)
+    others: dict[str, str] = field(default_factory=dict)
+    """What the other front processes have counted, by their names."""
+
+    def __post_init__(self) -> None:
+        shelf = self.connection.shelf
+        self.recollection = Recollection(self.chat, shelf)
+        self.book = SessionBook(shelf)
+        self.administration = Administration(self.connection, self.book, self.recollection)
+        self.spell = Speller(self.chat.tokenizer)
+        self.quotas = Quotas()
+        self.num_running = 0
+        self._mean_s = 1.0  # how long a request takes, for Retry-After
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- who ----------------------------------------------------------------------------------------------------------
+
+    def caller(
+        self, authorization: str | None, request_id: str, session_id: str | None, timeout_s: float | None
+    ) -> Caller:
+        """ApiError 401 for an unknown key, 400 for a session id that is none."""
+        tenant = self.keyring.tenant_of(authorization)
+        if session_id is not None and not (0 < len(session_id) <= MAX_SESSION_ID and session_id.isprintable()):
+            raise refuse(f"a session id has 1 to {MAX_SESSION_ID} printable characters", "x-session-id")
+        if timeout_s is not None and not timeout_s > 0:
+            raise refuse("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
+        scope = self.connection.model.tenant_root(tenant.salt)
+        return Caller(tenant=tenant, scope=scope, request_id=request_id, session_id=session_id, timeout_s=timeout_s)
+
+    # --- generating ---------------------------------------------------------------------------------------------------
+
+    async def chat_completion(self, request: ChatRequest, caller: Caller) -> Generation:
+        """Starts the answers. ApiError for what cannot be answered; the generation must be closed."""
+        request.check()
+        self._check_model(request)
+        try:
+            recalled = await self.recollection.recall(caller.scope, request.to_messages(), _session_id(request, caller))
+        except TemplateError as error:
+            raise refuse(f"{error}", "messages") from None
+        return await self._generate(request, [recalled], caller, request.num_logprobs)
+
+    async def completion(self, request: CompletionRequest, caller: Caller) -> Generation:
+        """The same for plain texts; the choices of the first prompt come first."""
+        request.check()
+        self._check_model(request)
+        recalled = [await self._recall_prompt(prompt, request, caller) for prompt in request.prompts()]
+        return await self._generate(request, recalled, caller, request.logprobs)
+
+    async def _recall_prompt(
+        self, prompt: str | tuple[int, ...], request: CompletionRequest, caller: Caller
+    ) -> Recalled:
+        session_id = _session_id(request, caller)
+        if isinstance(prompt, str):
+            return await self.recollection.recall_text(caller.scope, prompt, session_id)
+        if max(prompt) >= self.connection.model.vocab_size:
+            raise refuse(f"prompt has a token id above {self.connection.model.vocab_size - 1}", "prompt")
+        return self.recollection.of_ids(caller.scope, prompt, session_id)
+
+    async def _generate(
+        self, request: CommonRequest, recalled: Sequence[Recalled], caller: Caller, logprobs: int | None
+    ) -> Generation:
+        jobs: list[Job] = []
+        for one in recalled:
+            sampling = request.sampling(self._max_new_tokens(request, one), logprobs)
+            for _ in range(request.num_choices):
+                jobs.append(self._job(request, one, sampling, caller, len(jobs)))
+        admission = self._admit(jobs, caller)
+        timeout_s = min(caller.timeout_s or self.section.request_timeout_s, self.section.request_timeout_s)
+        began = time.monotonic()
+
+        async def finish(job: Job, answer: Answer) -> None:
+            await self._finished(job, answer, caller)
+
+        generation = Generation(self.connection.client, jobs, finish, timeout_s)
+        generation.on_close = lambda: self._leave(generation, admission, began)
+        try:
+            await generation.begin()
+        except BaseException as error:
+            await generation.close()
+            raise self.in_words(error) from error
+        return generation
+
+    def _max_new_tokens(self, request: CommonRequest, recalled: Recalled) -> int:
+        num_tokens, limit = len(recalled.prompt.token_ids), self.connection.model.max_turn_tokens
+        if num_tokens == 0:
+            raise refuse("the prompt has no tokens: say something", "messages")
+        if num_tokens >= limit:
+            raise refuse(
+                f"the prompt has {num_tokens} tokens, but at most {limit - 1} leave room for an answer: shorten it",
+                "messages",
+                "context_length_exceeded",
+            )
+        return min(request.wanted_tokens or self.section.default_max_tokens, limit - num_tokens)
+
+    def _job(
+        self, request: CommonRequest, recalled: Recalled, sampling: SamplingParams, caller: Caller, index: int
+    ) -> Job:
+        turn_id = new_request_id()  # ours: a client's own id could name another's turn
+        if index and sampling.seed is not None and sampling.temperature > 0:  # choices differ, the same way every time
+            sampling = replace(sampling, seed=seed_of(f"{sampling.seed}/{index}"))
+        prompt = recalled.prompt
+        return Job(
+            recalled=recalled,
+            request=TurnRequest(
+                turn_id=turn_id,
+                session_id=scheduler_session(caller.scope, recalled.session_id),
+                token_ids=prompt.token_ids,
+                sampling=sampling,
+                cuts=prompt.cuts,
+                drift_at=prompt.drift_at,
+                priority=caller.tenant.priority + max(0, request.priority or 0),
+                root=caller.scope,
+            ),
+        )
+
+    def _admit(self, jobs: Sequence[Job], caller: Caller) -> Admission:
+        num_prompt = sum(len(job.request.token_ids) for job in jobs)
+        num_new = sum(job.request.sampling.max_new_tokens for job in jobs)
+        try:
+            admission = self.quotas.enter(caller.tenant, num_prompt, num_new, time.monotonic())
+        except QuotaExceeded as error:
+            raise ApiError(429, str(error), code="quota_exceeded", retry_after_s=error.retry_after_s) from None
+        self.num_running += 1
+        return admission
+
+    def _leave(self, generation: Generation, admission: Admission, began: float) -> None:
+        num_tokens = sum(len(job.request.token_ids) for job in generation.jobs) + generation.num_tokens
+        self.quotas.leave(admission, num_tokens, time.monotonic())
+        self.num_running -= 1
+        self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
+
+    # --- afterwards ---------------------------------------------------------------------------------------------------
+
+    async def _finished(self, job: Job, answer: Answer, caller: Caller) -> None:
+        """Before the answer's end is told: the client's next request must find its history."""
+        self.metrics.observe_answer(answer, caller.tenant.name)
+        ids = self.chat.answer_ids(answer.token_ids, answer.text, answer.num_tokens_kept)
+        try:
+            await self.recollection.remember(job.recalled, ids, answer.text)
+        except (RayError, OSError) as error:
+            log.warning("request %s: the conversation is not remembered: %s", caller.request_id, error)
+            return
+        self._later(self._note(job, answer, ids, caller.scope))
+
+    async def _note(self, job: Job, answer: Answer, ids: tuple[int, ...], scope: str) -> None:
+        """The session's figures, for those who look."""
+        request, model, session_id = job.request, self.connection.model, job.recalled.session_id
+        tokens = request.token_ids + ids
+        cuts = {*request.cuts, len(request.token_ids), len(tokens) - 1}
+        chain = keys.chain(scope, tokens, model.chunk_tokens, cuts=cuts)
+        marks = [Mark(end, key) for end, key in chain]
+        last = last_turn(answer, request.drift_at, model.prefill_tokens_per_s)
+        try:
+            session = await self.book.get(scope, session_id) or Session(session_id=session_id)
+            session = session.after(marks, job.recalled.prompt.num_shared, last, time.time())
+            await self.book.put(scope, session)
+            await self.administration.renew_pin(scope, session)
+        except (RayError, OSError) as error:
+            log.warning("session %s is not noted: %s", session_id, error)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Returns when everything that was to be done later is done."""
+        await asyncio.gather(*self._tasks)
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _check_model(self, request: CommonRequest) -> None:
+        name = self.model_name
+        if request.model not in (None, "", name):
+            raise ApiError(
+                404,
+                f"the model {request.model!r} is not served here: ask for {name!r} (see /v1/models)",
+                code="model_not_found",
+                param="model",
+            )
+
+    @property
+    def model_name(self) -> str:
+        return self.connection.model_name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what must be equal for answers to be equal: OpenAI's system_fingerprint."""
+        return f"fp_{self.connection.model.root[:12]}"
+
+    @staticmethod
+    def now() -> float:
+        return time.time()
+
+    # --- how it is ----------------------------------------------------------------------------------------------------
+
+    async def problem(self) -> str | None:
+        """Why turns cannot be answered now; None while they can."""
+        stats = await self.connection.scheduler_stats()
+        if not stats:
+            return "the scheduler does not answer"
+        if not any(not replica["closing"] for replica in stats["fleet"]):
+            return "no replica is ready"
+        return None
+
+    async def exposition(self) -> str:
+        """Prometheus' text."""
+        scheduler, stores, replicas = await asyncio.gather(
+            self.connection.scheduler_stats(), self.connection.store_stats(), self.connection.replica_stats()
+        )
+        return self.metrics.exposition(scheduler, stores, replicas)
+
+    def in_words(self, error: BaseException) -> BaseException:
+        """What a client is told of it; bugs stay what they are."""
+        match error:
+            case ApiError():
+                return error
+            case QueueFull():
+                wait_s = self._mean_s * max(1, error.num_waiting) / max(1, self.connection.num_slots)
+                return ApiError(429, f"{error}: try again later", code="queue_full", retry_after_s=min(wait_s, 600.0))
+            case TimeoutError():
+                return ApiError(504, "the answer was not ready in time: ask for fewer tokens, or try again later")
+            case TurnFailed() | RayError():
+                return ApiError(503, f"the turn could not be answered: {error}", code="turn_failed", retry_after_s=1.0)
+        return error
+
+
+def last_turn(answer: Answer, drift_at: int | None, prefill_tokens_per_s: float) -> LastTurn:
+    """The figures of an answer. Without reuse its first token would have come later by the time to compute what was
+    reused, and sooner by that of restoring it; the former is an estimate."""
+    account = answer.account
+    ttft_without_s = None
+    if answer.ttft_s is not None:
+        computing_s = sum(account.reused.values()) / max(1e-9, prefill_tokens_per_s)
+        ttft_without_s = max(0.0, answer.ttft_s - account.restore_s) + computing_s
+    return LastTurn(
+        prompt_tokens=account.num_prompt_tokens,
+        completion_tokens=len(answer.tokens),
+        reused={str(tier): count for tier, count in account.reused.items()},
+        recomputed={str(cause): count for cause, count in account.recomputed.items()},
+        drift_at=drift_at,
+        ttft_ms=_ms(answer.ttft_s),
+        ttft_without_reuse_ms=_ms(ttft_without_s),
+        queue_ms=round(answer.queue_wait_s * 1e3, 3),
+        restore_ms=round(account.restore_s * 1e3, 3),
+        finish_reason=str(answer.finish_reason),
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return round(seconds * 1e3, 3) if seconds is not None else None
+
+
+def _session_id(request: CommonRequest, caller: Caller) -> str | None:
+    """The header's; else the body's."""
+    return caller.session_id or request.conversation_id or request.prompt_cache_key
+
+
+def new_request_id() -> str:
+    return f"req-{uuid.uuid4().hex}"

@@ -1,0 +1,76 @@
+"""Sending what a generation brings, and noticing at every moment when its client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from cluster.serving.errors import ApiError
+
+Result = TypeVar("Result")
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The work's result; when the client disconnects first, the work is cancelled and ApiError 499 raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        raise ApiError(499, "the client has gone")
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has disconnected. Its request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events. `close` is awaited however it ends."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(
+            events,
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
+            media_type="text/event-stream",
+        )
+        self._events, self._close = events, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        pump = asyncio.ensure_future(self._pump(send))
+        gone = asyncio.ensure_future(until_gone(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (pump, gone):
+                task.cancel()
+            await asyncio.gather(pump, gone, return_exceptions=True)
+            await self._close()
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def as_header(counts: Mapping[Any, int]) -> str:
+    """`hbm=12,dram=96`."""
+    return ",".join(f"{name}={count}" for name, count in counts.items()) or "none"
