@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.bench import command as bench
 from cluster.lab import command as lab
+from cluster.serving import command as serve
 
 LOG_LINE_S = 10.0
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_batch(commands)
     _add_model(commands)
     _add_config(commands)
+    serve.add_to(commands)
     bench.add_to(commands)
     lab.add_to(commands)
     return parser

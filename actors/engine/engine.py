@@ -94,6 +94,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._outputs: dict[str, TurnOutput] = {}
         self._num_arrivals = 0
+        self._stepping_since: float | None = None
 
     def _build(self, loaded: LoadedModel, eviction: BlockEviction) -> None:
         config, where = self.config, (loaded.torch_dtype, loaded.device)
@@ -170,6 +171,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TurnOutput]:
         """One iteration; what it brought, at most one output per turn. Waits a moment if only helpers are at work."""
+        self._stepping_since = time.monotonic()
+        try:
+            return self._step()
+        finally:
+            self._stepping_since = None
+
+    def _step(self) -> list[TurnOutput]:
         self._use_threads()
         num_changes = self._mailbox.num_changes
         self._take_requests()
@@ -407,7 +415,9 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Plain numbers, for metrics. From any thread."""
         states = [sequence.state for sequence in list(self._sequences.values())]  # another thread may ask
+        since = self._stepping_since
         return {
+            "stalled_s": time.monotonic() - since if since is not None else 0.0,  # how long the present step has taken
             "steps": self.meter.num_steps,
             "step_s": self.meter.step_s,
             "prefill_tokens": self.meter.num_prefill_tokens,

@@ -47,7 +47,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(
         Door, metrics=service.metrics, max_body_bytes=service.section.max_body_bytes, endpoints=ENDPOINTS
     )
@@ -112,9 +111,7 @@ async def _respond(
         "model": service.model_name,
     }
     headers = _headers(generation)
-    request.state.facts.update(
-        session_id=generation.jobs[0].recalled.session_id, reprise=dict(headers.items())
-    )
+    request.state.facts.update(session_id=generation.jobs[0].recalled.session_id, reprise=dict(headers.items()))
     if body.stream:
         events = _stream(service, body, generation, bodies, {**head, "object": bodies.chunk_kind}, num_prompts)
         return EventStream(events, generation.close, headers)
@@ -250,8 +247,3 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     words = {404: "there is nothing here: see /openapi.json", 405: "this path does not take this method"}
     body = ApiError(error.status_code, words.get(error.status_code, str(error.detail))).body
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    log.error("request %s broke", getattr(request.state, "request_id", "?"), exc_info=error)
-    return JSONResponse(ApiError(500, "an error of this server; its log says more").body, 500)

@@ -41,7 +41,7 @@ START_SLACK_S = 60.0
 class Front:
     """One HTTP process."""
 
-    async def __init__(self, config: Config, keeper: Any) -> None:
+    async def __init__(self, config: Config, keeper: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         _log_to_stderr()
         self._keeper = keeper
         self._front_id = uuid.uuid4().hex[:8]
@@ -51,7 +51,7 @@ class Front:
             connection=Connection(state, config.serving.max_waiting_turns),
             chat=ChatFormat(load_tokenizer(config.model.path)),
             keyring=open_keyring(config.serving.keys_file),
-            metrics=Metrics(),
+            metrics=Metrics(self._front_id),
         )
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
@@ -60,9 +60,10 @@ class Front:
 
     async def _follow(self) -> None:
         """Hears who comes and goes, and what the other fronts have counted."""
+        front_id = self._front_id
         while True:
             try:
-                state, others = await self._keeper.exchange.remote(self._front_id, self.service.own_exposition())
+                state, others = await self._keeper.exchange.remote(front_id, self.service.metrics.own_exposition())
                 self.service.connection.adopt(state)
                 self.service.others = others
             except RayError as error:

@@ -21,6 +21,7 @@ from cluster.serving.errors import ApiError
 from cluster.serving.metrics import Metrics
 from cluster.serving.service import new_request_id
 
+log = logging.getLogger(__name__)
 access_log = logging.getLogger("reprise.access")
 
 BODY_LIMIT_S = 30.0
@@ -42,11 +43,10 @@ class Door:
         metrics: Metrics,
         max_body_bytes: int,
         endpoints: frozenset[str],
-        body_limit_s: float = BODY_LIMIT_S,
     ) -> None:
         """`endpoints`: the paths that have a label of their own in metrics."""
         self._app, self._metrics = app, metrics
-        self._max_body_bytes, self._body_limit_s = max_body_bytes, body_limit_s
+        self._max_body_bytes = max_body_bytes
         self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,12 +57,15 @@ class Door:
         endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
         self._metrics.request_started(endpoint)
         try:
-            body = _Body(receive, self._max_body_bytes, self._body_limit_s)
+            body = _Body(receive, self._max_body_bytes, BODY_LIMIT_S)
             try:
                 body.check_length(Headers(scope=scope))
                 await self._app(scope, body.receive, visit.sender(send))
             except HTTPException as error:  # raised while the body was read
                 await visit.answer(ApiError(error.status_code, error.detail), send)
+            except Exception:  # a bug: the client is told, and the server goes on
+                log.exception("request %s broke", visit.request_id)
+                await visit.answer(ApiError(500, "an error of this server; its log says more"), send)
         finally:
             self._metrics.request_finished(endpoint, str(visit.status))
             visit.log()

@@ -19,9 +19,9 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.engine.params import SamplingParams, seed_of
+from actors.scheduler import QueueFull
 from actors.wire import TurnRequest
 from cluster.chat import ChatFormat, TemplateError
-from actors.scheduler import QueueFull
 from cluster.client import Answer, TurnFailed
 from cluster.config import ServingSection
 from cluster.serving.administration import Administration
@@ -275,7 +275,7 @@ class Service:
         scheduler, stores, replicas = await asyncio.gather(
             self.connection.scheduler_stats(), self.connection.store_stats(), self.connection.replica_stats()
         )
-        return self.metrics.exposition(scheduler, stores, replicas)
+        return self.metrics.exposition(scheduler, stores, replicas, self.others)
 
     def in_words(self, error: BaseException) -> BaseException:
         """What a client is told of it; bugs stay what they are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from cluster.serving.metrics import Metrics
-from cluster.serving.tenants import open_keyring
 
 from actors.engine.loading import load_tokenizer
 from cluster.bringup import Running, running
@@ -22,7 +21,9 @@ from cluster.config import Config, config_from
 from cluster.serving.api import create_app
 from cluster.serving.connection import Connection
 from cluster.serving.keeper import cluster_state, start_history
+from cluster.serving.metrics import Metrics
 from cluster.serving.service import Service
+from cluster.serving.tenants import open_keyring
 
 START_LIMIT_S = 20.0
 
@@ -42,11 +43,11 @@ class Served:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
 
-def serving_config(model: Path, folder: Path, **sections: dict[str, Any]) -> Config:
+def serving_config(model_path: Path, folder: Path, **sections: dict[str, Any]) -> Config:
     """Small, with an SSD tier in `folder`."""
     tree: dict[str, dict[str, Any]] = {
         "model": {
-            "path": str(model),
+            "path": str(model_path),
             "chunk_tokens": 32,
             "block_tokens": 16,
             "kv_tokens": 8192,
@@ -94,6 +95,10 @@ def _http(service: Service) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert ready.wait(START_LIMIT_S)
+    deadline = time.monotonic() + START_LIMIT_S
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", loops[0]
     finally:
