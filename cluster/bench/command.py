@@ -29,6 +29,7 @@ WHAT = {
     "tiers": "GB/s of each tier against memcpy and raw files, requests to S3",
     "engine": "prefill and decode speed against transformers",
     "overhead": "throughput with the store for traffic that never hits",
+    "serving": "what HTTP and Ray Serve add to a returning turn, and to many streams",
     "workload": "a trace of conversations with reuse on and off",
 }
 

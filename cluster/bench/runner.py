@@ -20,6 +20,7 @@ BENCHMARKS = {
     "tiers": "cluster.bench.tiers:run",
     "engine": "cluster.bench.engine:run",
     "overhead": "cluster.bench.overhead:run",
+    "serving": "cluster.bench.serving:run",
     "workload": "cluster.bench.workload:run",
 }
 """Each is `run(options) -> Result`, imported at its first use."""

@@ -185,7 +185,7 @@ _REPLICA: dict[str, tuple[str, dict[str, str], str]] = {
     "chunks_kept_evicted": ("hbm_chunks_evicted_total", {}, "Kept chunks whose blocks were needed."),
     "hbm_policy_faults": ("hbm_policy_faults_total", {}, "Faults of the policy that evicts in HBM."),
     "slots": ("write_buffer_slots", {}, "Slots for chunks on their way out of HBM."),
-    "slots_free": ("write_buffer_slots_free", {}, "Those that are free."),
+    "slots_free": ("write_buffer_slots_free", {}, "Free slots for chunks on their way out of HBM."),
     "saves_running": ("write_buffer_saves", {}, "Chunks being copied out of HBM."),
     "ready_chunks": ("write_buffer_ready_chunks", {}, "Chunks out of HBM that wait for their store."),
     "ready_bytes": ("write_buffer_ready_bytes", {}, "Bytes of chunks that wait for their store."),

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ def test_more_keys_and_tenants_leave_the_others_alone(keys: Keys) -> None:
     assert [keys.tenant_of(key) for key in (first, second, root)] == ["alice", "alice", "root"]
     assert yaml.safe_load(keys.path.read_text())["secret"] == secret
     assert KeyRing.load(str(keys.path)).tenant_of(f"Bearer {root}").admin
+
+
+def test_commands_at_the_same_time_lose_no_key(keys: Keys) -> None:
+    keys("new", "--tenant", "alice")
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: run("new", "--file", str(keys.path), "--tenant", "alice"), range(12)))
+    assert len(yaml.safe_load(keys.path.read_text())["tenants"][0]["keys"]) == 13
 
 
 def test_people_get_the_key_alone_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

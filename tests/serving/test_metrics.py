@@ -62,11 +62,28 @@ def store_stats(node_id: str) -> dict[str, Any]:
     return {"node_id": node_id, "used_bytes": {"dram": 19}, "budget_bytes": {"dram": 1000}, **asdict(traffic)}
 
 
-ENGINE_KEYS = (
-    "steps step_s prefill_tokens decode_tokens prefill_s decode_s prefill_tokens_per_s decode_tokens_per_s turns_queued "
-    "turns_restoring turns_running chunks_kept chunks_kept_evicted slots slots_free saves_running turns_not_saved "
-    "ready_chunks ready_bytes ready_dropped"
-).split()
+ENGINE_KEYS = [
+    "steps",
+    "step_s",
+    "prefill_tokens",
+    "decode_tokens",
+    "prefill_s",
+    "decode_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "turns_queued",
+    "turns_restoring",
+    "turns_running",
+    "chunks_kept",
+    "chunks_kept_evicted",
+    "slots",
+    "slots_free",
+    "saves_running",
+    "turns_not_saved",
+    "ready_chunks",
+    "ready_bytes",
+    "ready_dropped",
+]
 BLOCK_KEYS = {"blocks", "blocks_free", "blocks_kept"}
 
 
@@ -75,7 +92,7 @@ def replica_stats(replica_id: str) -> dict[str, Any]:
         "replica_id": replica_id,
         "pid": 1,
         "hbm_policy_faults": 3,
-        "stalled_s": 0.25,
+        "stalled_s": 0.75,
         **{key: 100 + i for i, key in enumerate(ENGINE_KEYS)},
         "blocks": 40,
         "blocks_free": 10,
@@ -89,7 +106,7 @@ def answer(**fields: Any) -> Answer:
         reused={m.Tier.DRAM: 60, m.Tier.SSD: 30}, recomputed={m.Cause.NEVER_STORED: 7, m.Cause.DRIFT: 3}, restore_s=0.02
     )
     values: dict[str, Any] = {
-        "tokens": [SampledToken(i) for i in range(4)],
+        "tokens": [SampledToken(token_id=i) for i in range(4)],
         "finish_reason": FinishReason.STOP,
         "account": account,
         "num_attempts": 1,
@@ -252,7 +269,7 @@ def test_every_figure_of_an_engine_is_shown(small_model: Path) -> None:
     text = Metrics().exposition({}, [], [replica_stats("replica-1")])
     shown = {figure for (_, labels), figure in series_of(text).items() if ("replica", "replica-1") in labels}
     assert {100 + i for i in range(len(ENGINE_KEYS))} <= shown
-    assert {3, 0.25, 5e9} <= shown
+    assert {3, 0.75, 5e9} <= shown
 
 
 def test_blocks_of_the_kv_pool_add_up() -> None:
@@ -274,10 +291,26 @@ def test_labels_are_few_and_name_nobody() -> None:
     assert SESSION not in text
     assert TURN not in text
     labels = {name for _, pairs in series_of(text) for name, _ in pairs}
-    assert labels == set(
-        "front tenant tier cause finished_reason endpoint status le node replica state place source command event what "
-        "policy verb".split()
-    )
+    assert labels == {
+        "front",
+        "tenant",
+        "tier",
+        "cause",
+        "finished_reason",
+        "endpoint",
+        "status",
+        "le",
+        "node",
+        "replica",
+        "state",
+        "place",
+        "source",
+        "command",
+        "event",
+        "what",
+        "policy",
+        "verb",
+    }
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -305,6 +338,18 @@ def test_merged_families_keep_type_words_and_the_order_of_buckets() -> None:
     bounds = [float(sample.labels["le"]) for sample in buckets if sample.labels["front"] == "b"]
     assert bounds == sorted(bounds)
     assert bounds[-1] == float("inf")
+
+
+def test_one_text_has_every_front_and_the_cluster_once() -> None:
+    others = {"1": used_metrics().own_exposition(), "2": Metrics().own_exposition()}
+    series = series_of(used_metrics("0").exposition(scheduler_stats(), [], [], others))
+    turns = {
+        dict(labels)["front"]: figure
+        for (name, labels), figure in series.items()
+        if name.endswith("e2e_request_latency_seconds_count")
+    }
+    assert turns == {"0": 1, "1": 1, "2": 0}
+    assert series["reprise_num_nodes", frozenset()] == 1
 
 
 def test_nothing_to_merge() -> None:
@@ -338,7 +383,10 @@ def table_rows(families: dict[str, Metric]) -> list[str]:
 def test_the_page_lists_every_metric_and_no_other() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
     listed = [line for line in page.splitlines() if line.startswith("| `reprise_")]
-    assert sorted(listed) == sorted(table_rows(families_of(exposition())))
+    text = exposition()
+    assert sorted(listed) == sorted(table_rows(families_of(text)))
+    examples = page[page.index("## Reading them") :]
+    assert set(re.findall(r"reprise_\w+", examples)) <= {name for name, _ in series_of(text)}
 
 
 # --- the dashboard ----------------------------------------------------------------------------------------------------
@@ -405,7 +453,8 @@ def test_what_a_panel_asks_for_exists(title: str, target: dict[str, Any]) -> Non
     names = re.findall(r"reprise_\w+", expression)
     assert names
     assert [name for name in names if name not in known] == []
-    labels = set.intersection(*(set(known[name]) for name in names))
+    shown = re.findall(r"reprise_\w+", re.sub(r" / scalar \(.*", "", expression))  # a divisor without labels
+    labels = set.intersection(*(set(known[name]) for name in shown))
     grouped = {
         label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.replace(" ", "").split(",")
     }
