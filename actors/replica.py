@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,15 +209,19 @@ class Replica:
     # --- the shard's outputs ------------------------------------------------------------------------------------------
 
     async def _deliver(self) -> None:
-        """Brings the shard's outputs to the turns that wait for them. New chunks are offered first: a session's next
-        turn must find them known."""
+        """Brings the shard's outputs to the turns that wait for them. New chunks are offered before a turn's end is
+        told: the session's next turn must find them known."""
         while True:
             harvest = await self._harvest()
+            self._pass_on(output for output in harvest.outputs if output.finish_reason is None)
             await self._offer(harvest.chunks)
-            for output in harvest.outputs:
-                running = self._running.get(output.turn_id)
-                if running is not None:
-                    running.outputs.put_nowait(output)
+            self._pass_on(output for output in harvest.outputs if output.finish_reason is not None)
+
+    def _pass_on(self, outputs: Iterable[TurnOutput]) -> None:
+        for output in outputs:
+            running = self._running.get(output.turn_id)
+            if running is not None:
+                running.outputs.put_nowait(output)
 
     async def _harvest(self) -> Harvest:
         """If the shard is gone, so is this replica; Ray starts both anew."""

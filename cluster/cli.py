@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.bench import command as bench
 from cluster.lab import command as lab
 from cluster.serving import command as serve
+from cluster.serving import keys_command as keys
 
 LOG_LINE_S = 10.0
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(commands)
     _add_config(commands)
     serve.add_to(commands)
+    keys.add_to(commands)
     bench.add_to(commands)
     lab.add_to(commands)
     return parser

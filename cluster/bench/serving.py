@@ -33,7 +33,8 @@ from cluster.client import Client
 from cluster.config import Config, config_from
 from cluster.conversations import Message
 
-HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 48
+HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 16
+MAX_STREAM_ROUNDS = 4
 QUICK_HISTORY_WORDS, QUICK_NUM_CHATS, QUICK_STREAM_TOKENS = 60, 4, 8
 MAX_ADDED_S, MAX_TTFT_RATIO, MIN_STREAM_RATIO = 0.010, 1.15, 0.95
 WARM_UPS = 2
@@ -238,8 +239,9 @@ async def _streams(options: BenchOptions, deployed: _Deployed, http: httpx.Async
     chats = QUICK_NUM_CHATS if options.quick else NUM_CHATS
     tokens = QUICK_STREAM_TOKENS if options.quick else STREAM_TOKENS
     rates: dict[str, list[float]] = {"direct": [], "http": []}
-    for turn in range(1 + options.repeats):
-        options.progress(f"{chats} chats at a time, round {turn + 1} of {1 + options.repeats}")
+    rounds = 1 + min(options.repeats, MAX_STREAM_ROUNDS)
+    for turn in range(rounds):
+        options.progress(f"{chats} chats at a time, round {turn + 1} of {rounds}")
         for way in ("direct", "http") if turn % 2 == 0 else ("http", "direct"):
             prompts = [deployed.words(NEW_WORDS) for _ in range(chats)]
             began = time.perf_counter()

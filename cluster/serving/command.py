@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 from typing import Any
+
+APPLICATION = "reprise"
 
 EXAMPLES = """examples:
   reprise model tiny --out ./models/demo --size 50m
@@ -84,6 +87,7 @@ def serve_until_interrupted(config: Any, host: str, port: int) -> None:
         _say(f"serving at http://{host}:{port}/ (Ctrl-C ends)")
         stop.wait()
         _say("waiting for running turns to end ...")
+        serve.delete(APPLICATION)  # gently: shutdown alone would cut the streams
     finally:
         serve.shutdown()
         if started_ray:
@@ -96,9 +100,10 @@ def _start(config: Any, host: str, port: int) -> None:
     from cluster.bringup import BringUpError
     from cluster.serving.deployment import build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
     try:
-        serve.run(build(config), name="reprise", route_prefix="/")
+        serve.run(build(config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise BringUpError(_cause(str(error))) from error
 

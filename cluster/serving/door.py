@@ -27,6 +27,9 @@ access_log = logging.getLogger("reprise.access")
 BODY_LIMIT_S = 30.0
 """A client that has not sent its body by then is told so."""
 
+GONE = 499
+"""The status of a request whose client left before there was an answer."""
+
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -67,7 +70,7 @@ class Door:
                 log.exception("request %s broke", visit.request_id)
                 await visit.answer(ApiError(500, "an error of this server; its log says more"), send)
         finally:
-            self._metrics.request_finished(endpoint, str(visit.status))
+            self._metrics.request_finished(endpoint, str(visit.status or GONE))
             visit.log()
 
 
@@ -116,7 +119,7 @@ class _Visit:
             "request_id": self.request_id,
             "method": self._scope["method"],
             "path": self._scope["path"],
-            "status": self.status or 499,
+            "status": self.status or GONE,
             "ms": round((time.monotonic() - self._began) * 1e3, 1),
             **self.facts,
         }

@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
         """As the chat template takes it. ApiError for content that is no text."""
         role = _ROLES.get(self.role, self.role)
         if isinstance(self.content, str):
-            return Message(role, self.content)
+            return Message(role, sound(self.content))
         if self.content is None:
             if role != "assistant":
                 raise refuse(f"messages[{index}] has no content: give a string", f"messages[{index}].content")
@@ -58,7 +58,12 @@ class ChatMessage(BaseModel):
                 where = f"messages[{index}].content"
                 raise refuse(f"{where} has a part of type {part.type!r}: only text parts can be answered", where)
             texts.append(part.text)
-        return Message(role, "".join(texts))
+        return Message(role, sound("".join(texts)))
+
+
+def sound(text: str) -> str:
+    """JSON can spell halves of characters, which no tokenizer takes: they become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamOptions(BaseModel):
@@ -84,7 +89,7 @@ class CommonRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -121,7 +126,7 @@ class CommonRequest(BaseModel):
     def sampling(self, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
         """ApiError for values that no turn can have."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        stops = tuple(stop for stop in stops if stop)
+        stops = tuple(stop for stop in map(sound, stops) if stop)
         if len(stops) > MAX_STOPS:
             raise refuse(f"stop has {len(stops)} strings: give at most {MAX_STOPS}", "stop")
         min_tokens = self.min_tokens or 0
@@ -203,11 +208,13 @@ class CompletionRequest(CommonRequest):
         prompt = self.prompt
         found: list[str | tuple[int, ...]]
         if isinstance(prompt, str):
-            found = [prompt]
+            found = [sound(prompt)]
         elif prompt and all(isinstance(item, int) for item in prompt):
             found = [tuple(item for item in prompt if isinstance(item, int))]
         else:
-            found = [item if isinstance(item, str) else tuple(item) for item in prompt if not isinstance(item, int)]
+            found = [
+                sound(item) if isinstance(item, str) else tuple(item) for item in prompt if not isinstance(item, int)
+            ]
         if not found or not all(found):
             raise refuse("prompt is empty: give a text or token ids", "prompt")
         if len(found) * self.num_choices > MAX_CHOICES:

@@ -87,8 +87,7 @@ class Service:
     ) -> Caller:
         """ApiError 401 for an unknown key, 400 for a session id that is none."""
         tenant = self.keyring.tenant_of(authorization)
-        if session_id is not None and not (0 < len(session_id) <= MAX_SESSION_ID and session_id.isprintable()):
-            raise refuse(f"a session id has 1 to {MAX_SESSION_ID} printable characters", "x-session-id")
+        _check_session_id(session_id, "x-session-id")
         if timeout_s is not None and not timeout_s > 0:
             raise refuse("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
         scope = self.connection.model.tenant_root(tenant.salt)
@@ -266,7 +265,7 @@ class Service:
         stats = await self.connection.scheduler_stats()
         if not stats:
             return "the scheduler does not answer"
-        if not any(not replica["closing"] for replica in stats["fleet"]):
+        if not stats["replicas"]:
             return "no replica is ready"
         return None
 
@@ -320,7 +319,14 @@ def _ms(seconds: float | None) -> float | None:
 
 def _session_id(request: CommonRequest, caller: Caller) -> str | None:
     """The header's; else the body's."""
-    return caller.session_id or request.conversation_id or request.prompt_cache_key
+    for name in ("conversation_id", "prompt_cache_key"):
+        _check_session_id(getattr(request, name) or None, name)
+    return caller.session_id or request.conversation_id or request.prompt_cache_key or None
+
+
+def _check_session_id(session_id: str | None, param: str) -> None:
+    if session_id is not None and not (0 < len(session_id) <= MAX_SESSION_ID and session_id.isprintable()):
+        raise refuse(f"a session id has 1 to {MAX_SESSION_ID} printable characters", param)
 
 
 def new_request_id() -> str:

@@ -100,6 +100,15 @@ def test_changed_limits_hold_from_the_next_request_on() -> None:
     quotas.enter(replace(ALICE, tokens_per_minute=1000), 30, 0, 33.0)
 
 
+def test_a_lowered_limit_leaves_no_more_than_its_own_burst() -> None:
+    quotas = Quotas()
+    quotas.leave(quotas.enter(replace(ALICE, requests_per_minute=600), 1, 0, 0.0), 1, 0.0)
+    for _ in range(6):
+        quotas.leave(quotas.enter(ALICE, 1, 0, 0.0), 1, 0.0)
+    with pytest.raises(QuotaExceeded):
+        quotas.enter(ALICE, 1, 0, 0.0)
+
+
 def test_time_that_runs_backwards_gives_nothing() -> None:
     quotas = Quotas()
     quotas.leave(quotas.enter(ALICE, 100, 0, 60.0), 100, 60.0)

@@ -1,0 +1,228 @@
+// The messages of the open conversation, and the answer that is coming.
+
+import { announce, byId, copyText, el, setText, show } from "./dom.js";
+import { Growing, render } from "./markdown.js";
+import { path, siblings } from "./tree.js";
+
+const NEAR_PX = 80;
+
+export class Messages {
+  #store;
+  #turns;
+  #actions;
+  #list = byId("messages");
+  #scroller = byId("scroller");
+  #bodies = new Map(); // of answers, by their node: rendered once
+  #shown = null;
+  #editing = null;
+  #growing = null;
+  #frame = 0;
+
+  /** `actions`: edit(node, text), retry(node), open(node). */
+  constructor(store, turns, actions) {
+    this.#store = store;
+    this.#turns = turns;
+    this.#actions = actions;
+    turns.addEventListener("progress", ({ detail }) => this.#onProgress(detail));
+    turns.addEventListener("end", ({ detail }) => this.#onEnd(detail));
+    byId("to-end").addEventListener("click", () => this.scrollToEnd());
+    this.#scroller.addEventListener("scroll", () => this.#showJump(), { passive: true });
+  }
+
+  /** Shows the open conversation as it is now. */
+  update() {
+    const conversation = this.#store.open;
+    const isOther = this.#shown !== conversation.id;
+    if (isOther) {
+      this.#bodies.clear();
+      this.#editing = null;
+      this.#shown = conversation.id;
+    }
+    const stays = isOther || this.#isAtEnd;
+    const branch = path(conversation);
+    const run = this.#turns.running(conversation.id);
+    const failure = this.#turns.failure(conversation.id);
+    const running = run && branch.at(-1)?.id === run.question ? this.#answering(run) : null;
+    const failed = failure && branch.slice(-2).some((node) => node.id === failure.question);
+    show(
+      this.#list,
+      branch.map((node) => this.#article(conversation, node, node === branch.at(-1), Boolean(run))),
+      running,
+      failed && !run ? this.#failed(branch.at(-1), failure) : null,
+      !failed && !run && branch.at(-1)?.role === "user" ? this.#failed(branch.at(-1), { message: "No answer yet." }) : null,
+    );
+    byId("welcome").hidden = branch.length > 0;
+    if (stays) this.scrollToEnd();
+    this.#showJump();
+  }
+
+  scrollToEnd() {
+    this.#scroller.scrollTop = this.#scroller.scrollHeight;
+  }
+
+  // --- one message ----------------------------------------------------------------------------------------------------
+
+  #article(conversation, node, isLast, isRunning) {
+    const isUser = node.role === "user";
+    const name = isUser ? "You" : "Answer";
+    if (this.#editing === node.id) return this.#editor(node);
+    const tools = el("div", { class: "tools" }, this.#branches(conversation, node, isRunning));
+    if (isUser) tools.append(tool("Edit", isRunning, () => this.#edit(node)));
+    else tools.append(copyTool(node.content));
+    if (!isUser && isLast) tools.append(tool("Retry", isRunning, () => this.#actions.retry(node)));
+    return el(
+      "article",
+      { class: `message ${node.role}`, "data-node": node.id, "aria-label": name },
+      isUser ? el("div", { class: "body" }, node.content) : this.#body(node),
+      node.finish && node.finish !== "stop" ? el("p", { class: "note" }, endings[node.finish] ?? node.finish) : null,
+      tools,
+    );
+  }
+
+  #body(node) {
+    if (!this.#bodies.has(node.id)) {
+      const text = node.content.trim() ? render(node.content) : el("p", { class: "note" }, "An empty answer.");
+      this.#bodies.set(node.id, el("div", { class: "body prose" }, text));
+    }
+    return this.#bodies.get(node.id);
+  }
+
+  #branches(conversation, node, isRunning) {
+    const all = siblings(conversation, node);
+    if (all.length < 2) return null;
+    const at = all.indexOf(node);
+    const step = (label, sign, to) =>
+      el(
+        "button",
+        {
+          type: "button",
+          class: "quiet",
+          "aria-label": label,
+          disabled: !all[to] || isRunning,
+          onclick: () => this.#actions.open(all[to]),
+        },
+        sign,
+      );
+    return el(
+      "span",
+      { class: "branches", role: "group", "aria-label": "Versions of this message" },
+      step("Earlier version", "‹", at - 1),
+      el("span", { class: "figures" }, `${at + 1}/${all.length}`),
+      step("Later version", "›", at + 1),
+    );
+  }
+
+  // --- editing --------------------------------------------------------------------------------------------------------
+
+  #edit(node) {
+    this.#editing = node.id;
+    this.update();
+    this.#list.querySelector("form textarea")?.focus();
+  }
+
+  #editor(node) {
+    const area = el("textarea", { "aria-label": "Your message", rows: Math.min(12, node.content.split("\n").length + 1) });
+    area.value = node.content;
+    const close = () => {
+      this.#editing = null;
+      this.update();
+      this.#list.querySelector(`[data-node="${node.id}"] .tools button:last-child`)?.focus();
+    };
+    const send = () => {
+      if (!area.value.trim()) return;
+      this.#editing = null;
+      this.#actions.edit(node, area.value.trim());
+    };
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") close();
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        send();
+      }
+    });
+    return el(
+      "form",
+      { class: "message user editing", onsubmit: (event) => (event.preventDefault(), send()) },
+      area,
+      el(
+        "div",
+        { class: "tools" },
+        el("button", { type: "submit", class: "primary" }, "Send"),
+        el("button", { type: "button", class: "quiet", onclick: close }, "Cancel"),
+        el("span", { class: "note" }, "The earlier version stays."),
+      ),
+    );
+  }
+
+  // --- the answer that is coming --------------------------------------------------------------------------------------
+
+  #answering(run) {
+    const body = el("div", { class: "body prose" });
+    this.#growing = new Growing(body);
+    this.#growing.update(run.text);
+    const waiting = run.text ? null : el("p", { class: "note waiting" }, "Thinking…");
+    return el("article", { class: "message assistant running", "aria-label": "Answer", "aria-busy": "true" }, waiting, body);
+  }
+
+  #onProgress(id) {
+    if (id !== this.#shown || this.#frame) return;
+    this.#frame = requestAnimationFrame(() => {
+      this.#frame = 0;
+      const run = this.#turns.running(this.#shown);
+      if (!run || !this.#growing) return;
+      const stays = this.#isAtEnd;
+      this.#list.querySelector(".waiting")?.remove();
+      for (const source of this.#growing.update(run.text)) announce(source);
+      if (stays) this.scrollToEnd();
+      this.#showJump();
+    });
+  }
+
+  #onEnd(id) {
+    if (id !== this.#shown) return;
+    const last = path(this.#store.open).at(-1);
+    if (last?.role === "assistant" && this.#growing) {
+      for (const source of this.#growing.update(last.content)) announce(source);
+      announce(`${this.#growing.last} (end of the answer)`);
+    }
+    this.#growing = null;
+  }
+
+  #failed(node, { message, stopped }) {
+    const isQuestion = node.role === "user";
+    return el(
+      "div",
+      { class: `failure${stopped || !message ? " calm" : ""}`, role: stopped ? "status" : "alert" },
+      el("p", {}, message),
+      isQuestion ? el("button", { type: "button", onclick: () => this.#actions.retry(node) }, "Try again") : null,
+    );
+  }
+
+  // --- scrolling ------------------------------------------------------------------------------------------------------
+
+  get #isAtEnd() {
+    return this.#scroller.scrollHeight - this.#scroller.scrollTop - this.#scroller.clientHeight < NEAR_PX;
+  }
+
+  #showJump() {
+    byId("to-end").hidden = this.#isAtEnd;
+  }
+}
+
+const endings = {
+  length: "Ended at the limit of tokens.",
+  stopped: "Stopped here.",
+  error: "Ended early.",
+};
+
+function tool(label, disabled, onclick) {
+  return el("button", { type: "button", class: "quiet", disabled, onclick }, label);
+}
+
+function copyTool(text) {
+  const button = tool("Copy", false, async () => {
+    setText(button, (await copyText(text)) ? "Copied" : "Not copied");
+    setTimeout(() => setText(button, "Copy"), 2000);
+  });
+  return button;
+}
