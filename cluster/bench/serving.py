@@ -130,7 +130,7 @@ async def _measure(options: BenchOptions, deployed: _Deployed) -> Result:
                     cached[way].append(num_cached)
         floor = await _floor(http, 50 if not options.quick else 5)
         streams = await _streams(options, deployed, http)
-    samples["engine"] = _in_engine(options, num_tokens)
+    samples["engine"] = _in_engine(options, num_tokens, round(median(cached["http"])))
     return _result(options, samples, cached, floor, streams, num_tokens)
 
 
@@ -211,19 +211,19 @@ async def _floor(http: httpx.AsyncClient, count: int) -> list[float]:
     return seconds
 
 
-def _in_engine(options: BenchOptions, num_tokens: int) -> list[float]:
-    """The same turn in an engine of this process, as `bench ttft` measures it: history in HBM."""
+def _in_engine(options: BenchOptions, num_tokens: int, num_cached: int) -> list[float]:
+    """A turn of that size in an engine of this process, as `bench ttft` measures it: history, in chunks, in HBM."""
     options.progress("the same turn in an engine alone")
     loaded = LoadedModel.load(options.model, dtype=options.computed_dtype, device=options.computed_device)
     chunk = 32 if options.quick else 128
-    new = 2 * NEW_WORDS
-    history = max(chunk, (num_tokens - new) // chunk * chunk)
+    new = max(1, num_tokens - num_cached)
+    history = max(1, round(num_cached / chunk)) * chunk
     bench = TurnBench(loaded, history, num_threads=options.threads, quick=options.quick)
     try:
         seconds = []
         for turn in range(WARM_UPS + options.repeats):
             bench.warm_hbm()
-            timed = bench.run((*bench.history, *bench.tokens(max(1, num_tokens - history))))
+            timed = bench.run((*bench.history, *bench.tokens(new)))
             if turn >= WARM_UPS:
                 seconds.append(timed.ttft_s)
         return seconds

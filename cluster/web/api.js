@@ -13,13 +13,15 @@ export class ApiError extends Error {
   }
 }
 
-export class Api {
+/** Fires "key" when the user has given one. */
+export class Api extends EventTarget {
   #askForKey;
   #asking = null;
   #key = readKey();
 
   /** `askForKey(wasRefused)` resolves to a key, or to null if there is none. */
   constructor(askForKey) {
+    super();
     this.#askForKey = askForKey;
   }
 
@@ -34,6 +36,7 @@ export class Api {
     if (key) {
       this.#key = key;
       writeKey(key);
+      this.dispatchEvent(new Event("key"));
     }
     return Boolean(key);
   }

@@ -95,7 +95,7 @@ async function readInfo() {
   try {
     const info = await api.info();
     setText(byId("model"), `${info.model} · ${count(info.context_window)} tokens of context`);
-    if (info.auth_required && !api.hasKey && (await api.unlock())) memory.again();
+    if (info.auth_required && !api.hasKey) await api.unlock();
   } catch (error) {
     say(error.message);
   }
@@ -133,5 +133,6 @@ turns.addEventListener("begin", () => (say(""), update()));
 turns.addEventListener("end", update);
 
 update();
-readInfo();
+await readInfo();
+memory.start();
 if (!matchMedia("(pointer: coarse)").matches) composer.focus();

@@ -29,6 +29,7 @@ export class Memory {
   #timer = 0;
   #looks = 0;
   #controller = null;
+  #isStarted = false;
 
   constructor(api, store, turns) {
     this.#api = api;
@@ -42,7 +43,17 @@ export class Memory {
     turns.addEventListener("end", ({ detail }) => detail === this.#shown && this.#soon(FIRST_LOOK_MS));
     byId("pin").addEventListener("click", () => this.#steer((id) => this.#api.pin(id, this.#isPinned ? 0 : PIN_S)));
     byId("expire").addEventListener("click", () => this.#steer((id) => this.#api.expire(id), "It is the first to go now."));
+    this.#body.hidden = this.#narrow.matches;
+  }
+
+  /** Asks nothing before: the server may want a key. */
+  start() {
+    this.#isStarted = true;
     this.#open(false);
+    this.#api.addEventListener("key", () => {
+      this.#live.again();
+      this.#soon(0);
+    });
   }
 
   /** After the open conversation, or what it is, has changed. */
@@ -56,16 +67,10 @@ export class Memory {
     this.#showFigures();
   }
 
-  /** After a new key. */
-  again() {
-    this.#live.again();
-    this.#soon(0);
-  }
-
   // --- whether anybody looks ------------------------------------------------------------------------------------------
 
   get #isSeen() {
-    return !document.hidden && (!this.#narrow.matches || this.#toggle.getAttribute("aria-expanded") === "true");
+    return this.#isStarted && !document.hidden && (!this.#narrow.matches || this.#toggle.getAttribute("aria-expanded") === "true");
   }
 
   /** On a narrow screen the panel is opened and closed; on others it is there. */

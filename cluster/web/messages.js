@@ -17,6 +17,7 @@ export class Messages {
   #editing = null;
   #growing = null;
   #frame = 0;
+  #stays = true; // at the end, however the room for the messages changes
 
   /** `actions`: edit(node, text), retry(node), open(node). */
   constructor(store, turns, actions) {
@@ -26,7 +27,8 @@ export class Messages {
     turns.addEventListener("progress", ({ detail }) => this.#onProgress(detail));
     turns.addEventListener("end", ({ detail }) => this.#onEnd(detail));
     byId("to-end").addEventListener("click", () => this.scrollToEnd());
-    this.#scroller.addEventListener("scroll", () => this.#showJump(), { passive: true });
+    this.#scroller.addEventListener("scroll", () => this.#onScroll(), { passive: true });
+    new ResizeObserver(() => this.#stays && this.scrollToEnd()).observe(this.#scroller);
   }
 
   /** Shows the open conversation as it is now. */
@@ -38,25 +40,27 @@ export class Messages {
       this.#editing = null;
       this.#shown = conversation.id;
     }
-    const stays = isOther || this.#isAtEnd;
+    const stays = isOther || this.#stays;
     const branch = path(conversation);
     const run = this.#turns.running(conversation.id);
     const failure = this.#turns.failure(conversation.id);
     const running = run && branch.at(-1)?.id === run.question ? this.#answering(run) : null;
     const failed = failure && branch.slice(-2).some((node) => node.id === failure.question);
+    const isUnanswered = branch.at(-1)?.role === "user";
     show(
       this.#list,
       branch.map((node) => this.#article(conversation, node, node === branch.at(-1), Boolean(run))),
       running,
-      failed && !run ? this.#failed(branch.at(-1), failure) : null,
-      !failed && !run && branch.at(-1)?.role === "user" ? this.#failed(branch.at(-1), { message: "No answer yet." }) : null,
+      run ? null : failed ? this.#failure(branch.at(-1), failure.message, "alert") : null,
+      run || failed || !isUnanswered ? null : this.#failure(branch.at(-1), "No answer yet.", "status"),
     );
     byId("welcome").hidden = branch.length > 0;
     if (stays) this.scrollToEnd();
-    this.#showJump();
+    byId("to-end").hidden = this.#isAtEnd;
   }
 
   scrollToEnd() {
+    this.#stays = true;
     this.#scroller.scrollTop = this.#scroller.scrollHeight;
   }
 
@@ -170,11 +174,10 @@ export class Messages {
       this.#frame = 0;
       const run = this.#turns.running(this.#shown);
       if (!run || !this.#growing) return;
-      const stays = this.#isAtEnd;
       this.#list.querySelector(".waiting")?.remove();
       for (const source of this.#growing.update(run.text)) announce(source);
-      if (stays) this.scrollToEnd();
-      this.#showJump();
+      if (this.#stays) this.scrollToEnd();
+      byId("to-end").hidden = this.#isAtEnd;
     });
   }
 
@@ -188,14 +191,10 @@ export class Messages {
     this.#growing = null;
   }
 
-  #failed(node, { message, stopped }) {
-    const isQuestion = node.role === "user";
-    return el(
-      "div",
-      { class: `failure${stopped || !message ? " calm" : ""}`, role: stopped ? "status" : "alert" },
-      el("p", {}, message),
-      isQuestion ? el("button", { type: "button", onclick: () => this.#actions.retry(node) }, "Try again") : null,
-    );
+  #failure(last, message, role) {
+    const again = () => this.#actions.retry(last);
+    const button = last.role === "user" ? el("button", { type: "button", onclick: again }, "Try again") : null;
+    return el("div", { class: "failure", role }, el("p", {}, message), button);
   }
 
   // --- scrolling ------------------------------------------------------------------------------------------------------
@@ -204,8 +203,9 @@ export class Messages {
     return this.#scroller.scrollHeight - this.#scroller.scrollTop - this.#scroller.clientHeight < NEAR_PX;
   }
 
-  #showJump() {
-    byId("to-end").hidden = this.#isAtEnd;
+  #onScroll() {
+    this.#stays = this.#isAtEnd;
+    byId("to-end").hidden = this.#stays;
   }
 }
 

@@ -84,7 +84,7 @@ export class Strip {
 function button(cell, isStop) {
   const text = words(cell);
   const tier = fastest(cell);
-  const slower = cell.tiers.slice(1).map((name) => el("i", { "data-tier": name }));
+  const slower = cell.tiers.slice(1).map(() => el("i"));
   return el(
     "button",
     { type: "button", "data-tier": tier, "aria-label": text, title: text, tabindex: isStop ? 0 : -1 },

@@ -21,7 +21,7 @@ export class Turns extends EventTarget {
     return this.#running.get(id);
   }
 
-  /** `{message, question}`: why the last turn brought no answer, or only a part of one. */
+  /** `{question, message}`: why the last turn brought no answer, or only a part of one. */
   failure(id) {
     return this.#failures.get(id);
   }
@@ -38,9 +38,9 @@ export class Turns extends EventTarget {
     try {
       await this.#read(id, run, bodyOf(conversation));
     } catch (error) {
-      const message = run.controller.signal.aborted ? "Stopped." : wordsOf(error);
-      this.#failures.set(id, { question: run.question, message, stopped: run.controller.signal.aborted });
-      run.extra.finish = run.controller.signal.aborted ? "stopped" : "error";
+      const stopped = run.controller.signal.aborted;
+      run.extra.finish = stopped ? "stopped" : "error";
+      if (!stopped) this.#failures.set(id, { question: run.question, message: wordsOf(error) });
     }
     this.#running.delete(id);
     const isAnswer = run.text || run.extra.finish === "stop" || run.extra.finish === "length";
