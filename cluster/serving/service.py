@@ -19,6 +19,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.engine.params import SamplingParams, seed_of
+from actors.engine.turns import FinishReason
 from actors.scheduler import QueueFull
 from actors.wire import TurnRequest
 from cluster.chat import ChatFormat, TemplateError
@@ -199,6 +200,8 @@ class Service:
 
     async def _finished(self, job: Job, answer: Answer, caller: Caller) -> None:
         """Before the answer's end is told: the client's next request must find its history."""
+        if answer.finish_reason is FinishReason.ABORTED:
+            raise ApiError(409, "the answer was ended from elsewhere: its session was deleted", code="session_deleted")
         self.metrics.observe_answer(answer, caller.tenant.name)
         ids = self.chat.answer_ids(answer.token_ids, answer.text, answer.num_tokens_kept)
         try:

@@ -65,6 +65,7 @@ function numberOf(input) {
 
 function closed(dialog) {
   dialog.returnValue = "cancel";
+  dialog.querySelector("[data-close]").onclick = () => dialog.close("cancel"); // no submit button: Enter would press it
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });

@@ -126,10 +126,21 @@ function link({ text, depth }, at, bracket) {
 
 function bareUrl(text, at) {
   BARE_URL.lastIndex = at;
-  let found = BARE_URL.exec(text)?.[0] ?? "";
-  while (found && ".,;:!?'*_~)]".includes(found.at(-1))) found = found.slice(0, -1); // the sentence's, most likely
+  const found = withoutEnd(BARE_URL.exec(text)?.[0] ?? "");
   const url = safeUrl(found);
   return url ? { node: anchor(url, found), end: at + found.length } : null;
+}
+
+/** Less what ends the sentence, most likely: punctuation, and brackets that were opened before. */
+function withoutEnd(address) {
+  let end = address.length;
+  let open = address.split("(").length - address.split(")").length;
+  for (; end > 0 && ".,;:!?'*_~])".includes(address[end - 1]); end -= 1) {
+    if (address[end - 1] !== ")") continue;
+    if (open >= 0) break;
+    open += 1;
+  }
+  return address.slice(0, end);
 }
 
 function enclosedUrl(text, at) {

@@ -1,0 +1,102 @@
+"""A real server with the page, and Chromium to look at it. Skipped where there is no Chromium or no playwright."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.server import Served, served_from, serving_config
+
+ARGUMENTS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+@pytest.fixture(scope="package")
+def served(
+    chromium: Any, local_ray: None, small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A server with one replica, DRAM and SSD, open to everybody."""
+    with served_from(serving_config(small_model, tmp_path_factory.mktemp("page"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def chromium() -> Iterator[Any]:
+    """A running browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """A person's window on the page: what they do with it, and what it complained of."""
+
+    page: Any
+    url: str
+    complaints: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> str:
+        """Sends a message; the answer when it is complete."""
+        self.page.fill("#message", text)
+        before = self.answers().count()
+        self.page.click("#send")
+        self.page.wait_for_function("n => document.querySelectorAll('.assistant:not(.running)').length > n", arg=before)
+        return self.answers().last.locator(".body").inner_text()
+
+    def answers(self) -> Any:
+        return self.page.locator(".message.assistant:not(.running)")
+
+    def questions(self) -> list[str]:
+        texts: list[str] = self.page.locator(".message.user .body").all_inner_texts()
+        return texts
+
+    def set_max_tokens(self, number: int) -> None:
+        self.page.click("#open-settings")
+        self.page.fill("#max-tokens", str(number))
+        self.page.click("#settings button[value=ok]")
+
+    def stored(self) -> list[dict[str, Any]]:
+        """The conversations as the browser keeps them."""
+        found: list[dict[str, Any]] = self.page.evaluate(
+            "Object.keys(localStorage).filter(key => key.startsWith('reprise.conversation.'))"
+            ".map(key => JSON.parse(localStorage[key]))"
+        )
+        return found
+
+
+@pytest.fixture
+def visit(chromium: Any, served: Served) -> Iterator[Any]:
+    """Opens windows, each with a storage of its own; at the end none of them may have complained."""
+    contexts, visits = [], []
+
+    def open_page(**options: Any) -> Visit:
+        context = chromium.new_context(**(DESKTOP | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        one = Visit(page, served.url)
+        page.on("pageerror", lambda error: one.complaints.append(f"error: {error}"))
+        page.on("console", lambda line: one.complaints.append(line.text) if line.type in ("error", "warning") else None)
+        page.goto(served.url)
+        visits.append(one)
+        return one
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [complaint for one in visits for complaint in one.complaints] == []
