@@ -406,9 +406,15 @@ class Catalog:
                 del self.children[chunk.parent]
         for mark, end in chunk.marks.items():
             self._unlist(mark, chunk)
-            is_deleted = chunk.doomed_from is not None and end >= chunk.doomed_from
-            self.remember(mark, Cause.DELETED if is_deleted else cause)
+            self.remember(mark, self._cause_of_loss(chunk, end, cause))
         self.changed(chunk)
+
+    @staticmethod
+    def _cause_of_loss(chunk: Chunk, end: int, cause: Cause) -> Cause:
+        """Of what a deleted chunk holds, the part before the deleted text only went with it."""
+        if chunk.doomed_from is None:
+            return cause
+        return Cause.DELETED if end >= chunk.doomed_from else Cause.EVICTED
 
     def _unlist(self, mark: ChunkKey, chunk: Chunk) -> None:
         carriers = self.inside.get(mark)
