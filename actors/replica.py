@@ -265,6 +265,19 @@ class Replica:
     async def drop_chunks(self, chunk_keys: tuple[m.ChunkKey, ...]) -> None:
         await self._shard.drop_chunks.remote(chunk_keys)
 
+    async def forget(self, marks: tuple[m.ChunkKey, ...]) -> None:
+        """What begins with one of these prefixes leaves HBM and the write buffer."""
+        await self._shard.forget.remote(marks)
+
+    async def holds(self, turn_id: m.TurnId, attempt: int) -> bool:
+        """Whether this attempt of the turn is here."""
+        return attempt_name(turn_id, attempt) in self._running
+
+    async def kept(self, keys: tuple[m.ChunkKey, ...]) -> list[m.ChunkKey]:
+        """Which of these chunks are in HBM. The answer may be old by the time it is read."""
+        held: list[m.ChunkKey] = await self._shard.kept.remote(keys)
+        return held
+
     async def stats(self) -> dict[str, Any]:
         return {"replica_id": self.replica_id, **await self._shard.stats.remote()}
 

@@ -12,20 +12,38 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
 from actors.recorder import Recorder, RecordPlan
+from actors.unheard import Unheard
 from policies import messages as m
+from policies.inspection import ChunkView, WaitingView
 from policies.places import SHARED
 from policies.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
+UNHEARD_S = 10.0  # a dispatched turn of which nothing was heard for so long is asked for
+
+
+class QueueFull(RuntimeError):  # noqa: N818 - named like what happened
+    """As many turns wait as the submitter allows. Reaches callers in another process as a RayTaskError's `cause`."""
+
+    def __init__(self, num_waiting: int) -> None:
+        super().__init__(num_waiting)
+        self.num_waiting = num_waiting
+
+    def __str__(self) -> str:
+        return f"{self.num_waiting} turns wait already; submit again later"
+
+
+class SessionGone(RuntimeError):  # noqa: N818 - named like what happened
+    """The turn's session was deleted while the turn waited. Reaches callers like QueueFull."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +52,6 @@ class Assignment:
 
     dispatch: m.Dispatch
     replica: Any  # actor handle
-
-
-class QueueFull(RuntimeError):  # noqa: N818 - named like the event
-    """The turn was not taken: as many as may wait are waiting."""
-
-    def __init__(self, num_waiting: int) -> None:
-        super().__init__(num_waiting)
-        self.num_waiting = num_waiting
-
-    def __str__(self) -> str:
-        return f"{self.num_waiting} turns are waiting already"
 
 
 @dataclass(slots=True)
@@ -71,6 +78,7 @@ class SchedulerActor:
         self._replicas: dict[m.ReplicaId, _Member] = {}
         self._exporters: dict[m.ReplicaId, Any] = {}  # shards, from which node stores pull new chunks
         self._waiting: dict[m.TurnId, asyncio.Future[Assignment]] = {}
+        self._unheard = Unheard(UNHEARD_S)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
 
@@ -102,10 +110,10 @@ class SchedulerActor:
     async def submit(self, turn: m.Turn, max_waiting: int | None = None) -> Assignment:
         """Returns when the turn may run. The same turn_id again replaces an earlier attempt.
 
-        QueueFull when so many turns wait already.
+        QueueFull when `max_waiting` turns wait already; SessionGone when its session is deleted meanwhile.
         """
-        num_waiting = len(self._scheduler.board.queue)
-        if max_waiting is not None and num_waiting >= max_waiting:
+        num_waiting = self._scheduler.num_waiting
+        if max_waiting is not None and num_waiting >= max_waiting and turn.turn_id not in self._waiting:
             raise QueueFull(num_waiting)
         earlier = self._waiting.pop(turn.turn_id, None)
         if earlier is not None:
@@ -124,6 +132,40 @@ class SchedulerActor:
         if future is not None:
             future.cancel()
         self._hear([m.TurnCancelled(turn_id)])
+
+    # --- sessions, replicas, looking in -------------------------------------------------------------------------------
+
+    async def expect(self, turn: m.Turn, seconds: float) -> None:
+        """The turn's session will speak soon. See SessionExpected."""
+        self._hear([m.SessionExpected(turn=turn, seconds=seconds)])
+
+    async def pin(self, session_id: m.SessionId, prompt: tuple[m.Mark, ...], seconds: float) -> None:
+        """What is stored of this prompt stays stored. See SessionPinned."""
+        self._hear([m.SessionPinned(session_id=session_id, prompt=prompt, seconds=seconds)])
+
+    async def expire(self, session_id: m.SessionId, prompt: tuple[m.Mark, ...]) -> None:
+        """The session is over. See SessionExpired."""
+        self._hear([m.SessionExpired(session_id=session_id, prompt=prompt)])
+
+    async def delete(self, session_id: m.SessionId, prompt: tuple[m.Mark, ...], seconds: float) -> None:
+        """Nothing of the session is kept anywhere. See SessionDeleted. Returns before it is gone: `where` tells."""
+        for turn_id in self._scheduler.turns_of(session_id):
+            future = self._waiting.pop(turn_id, None)
+            if future is not None and not future.done():
+                future.set_exception(SessionGone(f"session {session_id} was deleted"))
+        self._hear([m.SessionDeleted(session_id=session_id, prompt=prompt, seconds=seconds)])
+
+    async def close_replica(self, replica_id: m.ReplicaId) -> None:
+        """It gets no further turns; `snapshot` tells what still runs there."""
+        self._hear([m.ReplicaClosing(replica_id)])
+
+    async def where(self, marks: Sequence[m.ChunkKey]) -> list[ChunkView]:
+        """The chunks that hold these marks, and all their copies."""
+        return self._scheduler.where(marks)
+
+    async def queue_view(self, limit: int) -> list[WaitingView]:
+        """The first turns that wait."""
+        return self._scheduler.queue_view(limit)
 
     async def report(self, events: list[m.Event]) -> None:
         """Events from a replica or node store, in the order they happened."""
@@ -150,6 +192,7 @@ class SchedulerActor:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         try:
             for event in events:
+                self._unheard.note(event)
                 for command in self._answer(event, self._clock()):
                     self._do(command)
         except Exception:
@@ -179,6 +222,8 @@ class SchedulerActor:
             for replica_id in [i for i, member in self._replicas.items() if now - member.last_heard > self._silence_s]:
                 self._lose_replica(replica_id)
             self._hear([m.Tick()])
+            for dispatch in self._unheard.overdue(now):
+                self._spawn(self._look_for(dispatch))
             if self._recorder is not None:
                 self._spawn(asyncio.to_thread(self._recorder.flush))
 
@@ -190,6 +235,8 @@ class SchedulerActor:
                 self._spawn(self._tell_replica(command.replica_id, "cancel", command))
             case m.Decline():
                 self._spawn(self._tell_replica(command.replica_id, "drop_chunks", command.chunks))
+            case m.Forget():
+                self._spawn(self._tell_replica(command.replica_id, "forget", command.marks))
             case m.Save():
                 self._spawn(self._run_on_store(command, self._exporters.get(command.replica_id)))
             case m.Fetch():
@@ -207,6 +254,7 @@ class SchedulerActor:
         elif future is None or future.done():  # its client is gone: give the slot back
             self._later([m.TurnCancelled(command.turn_id)])
         else:
+            self._unheard.expect(command, self._clock())
             future.set_result(Assignment(command, member.handle))
 
     def _later(self, events: list[m.Event]) -> None:
@@ -240,6 +288,24 @@ class SchedulerActor:
         except RayActorError:
             if self._replicas.get(replica_id) is member:
                 self._lose_replica(replica_id)
+
+    async def _look_for(self, dispatch: m.Dispatch) -> None:
+        """A turn whose client died on the way to the replica never gets there: its slot is free."""
+        member = self._replicas.get(dispatch.replica_id)
+        if member is None:
+            return
+        turn_id, replica_id, attempt = dispatch.turn_id, dispatch.replica_id, dispatch.attempt
+        try:
+            is_there: bool = await member.handle.holds.remote(turn_id, attempt)
+        except RayActorError:
+            if self._replicas.get(replica_id) is member:
+                self._lose_replica(replica_id)
+        except RayError as error:  # it is asked for again
+            log.warning("replica %s does not say whether it holds turn %s: %s", replica_id, turn_id, error)
+        else:
+            if not is_there and self._unheard.forget(dispatch):
+                log.warning("turn %s never came to replica %s: its slot is free", turn_id, replica_id)
+                self._hear([m.TurnFinished(turn_id=turn_id, replica_id=replica_id, attempt=attempt)])
 
     def _lose_node(self, node_id: m.NodeId) -> None:
         if self._stores.pop(node_id, None) is not None:

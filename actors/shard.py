@@ -147,6 +147,16 @@ class Shard:
             self._engine.drop_chunk(key)
 
     @ray.method(concurrency_group="control")
+    def forget(self, marks: tuple[str, ...]) -> None:
+        """What begins with one of these prefixes leaves HBM and the write buffer (Engine.forget)."""
+        self._engine.forget(marks)
+
+    @ray.method(concurrency_group="control")
+    def kept(self, keys: tuple[str, ...]) -> list[str]:
+        """Which of these chunks are in HBM, full ones or tails."""
+        return self._engine.kept(keys)
+
+    @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "hbm_policy_faults": self._eviction.num_faults, **self._engine.stats()}
 

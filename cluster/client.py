@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from actors.engine.params import SampledToken
 from actors.engine.turns import FinishReason
-from actors.scheduler import Assignment, QueueFull
+from actors.scheduler import Assignment, QueueFull, SessionGone
 from actors.shard import ModelInfo
 from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
 from policies import messages as m
@@ -73,7 +73,8 @@ class Client:
         on_delta: Callable[[Delta], None] | None = None,
         on_started: Callable[[TurnAccount], None] | None = None,
     ) -> Answer:
-        """Runs the turn to its end. Raises TurnFailed when no attempt succeeded; cancelling it cancels the turn.
+        """Runs the turn to its end. Raises TurnFailed when no attempt succeeded, QueueFull or SessionGone when it may
+        not wait (any longer); cancelling it cancels the turn.
 
         `on_started` hears once where the prompt's KV came from, before the first delta.
         """
@@ -112,7 +113,7 @@ class Client:
             limit = self._max_waiting if is_new else None
             assignment: Assignment = await self._scheduler.submit.remote(self._describe(request), limit)
         except RayTaskError as error:
-            if isinstance(error.cause, QueueFull):
+            if isinstance(error.cause, (QueueFull, SessionGone)):
                 raise error.cause from None
             raise
         return assignment

@@ -40,6 +40,7 @@ class Board:
     awaiting: set[Order] = field(default_factory=set)  # turns whose chunks are being brought: what came stays
     claims: dict[NodeId, SortedKeys[Order]] = field(default_factory=dict)  # who waits there for bytes or a fetch slot
     superseded: dict[ChunkKey, None] = field(default_factory=dict)  # to be dropped as soon as they are idle
+    doomed: dict[ChunkKey, None] = field(default_factory=dict)  # deleted: likewise
     failed: dict[tuple[ChunkKey, Place], float] = field(default_factory=dict)  # do not try again before
     when_overdue: dict[CopyState, Callable[[Chunk, Copy], None]] = field(default_factory=dict)
     _outlook: Outlook | None = None

@@ -94,9 +94,9 @@ class Candidates:
         """How the copy should be listed now: None when it may not be evicted.
 
         A copy with staying children in the same place is not a leaf there. A chunk with children anywhere keeps at
-        least one copy. Superseded chunks are dropped without asking a policy.
+        least one copy. Superseded and deleted chunks are dropped without asking a policy.
         """
-        if not copy.is_idle or copy.leaving or chunk.superseded:
+        if not copy.is_idle or copy.leaving or chunk.superseded or chunk.is_doomed:
             return None
         if family is not None and (family.staying.get(copy.place) or not _has_other(chunk, copy)):
             return None

@@ -6,14 +6,14 @@ in any state. Every change of a copy goes through `_move`, which checks the tabl
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
 from policies.leases import Leases
-from policies.messages import Cause, ChunkInfo, ChunkKey, Mark, ReplicaId
+from policies.messages import Cause, ChunkInfo, ChunkKey, Mark, NodeId, ReplicaId
 from policies.places import Account, Place
 from policies.queue import Order
 from policies.sessions import SessionRecord
@@ -90,6 +90,7 @@ class Chunk:
     session: SessionRecord | None = None  # the conversation that used it last
     superseded: bool = False  # a longer chunk serves all its marks; it goes when it is idle
     expired: bool = False  # unused for longer than a session's time to live
+    doomed_from: int | None = None  # marks that end here or later were deleted: no index leads here, it goes when idle
 
     @property
     def turn(self) -> int:
@@ -100,6 +101,10 @@ class Chunk:
     def answer_tokens(self) -> int:
         """Of that conversation's last answer; 0 is unknown."""
         return self.session.answer_tokens if self.session is not None else 0
+
+    @property
+    def is_doomed(self) -> bool:
+        return self.doomed_from is not None
 
     @property
     def is_live(self) -> bool:
@@ -130,6 +135,8 @@ class Catalog:
         self.at: dict[Place, dict[ChunkKey, Chunk]] = {}
         self.inside: dict[ChunkKey, dict[ChunkKey, None]] = {}  # mark -> chunks carrying it before their end, by age
         self.families: dict[ChunkKey, Family] = {}  # by the parent's key, whether the parent is known or not
+        self.children: dict[ChunkKey, dict[ChunkKey, None]] = {}  # likewise, by age
+        self.incoming: dict[NodeId, Counter[CopyState]] = {}  # copies on their way to a node's tiers
         self.bereaved: set[ChunkKey] = set()  # keys of lost parents whose children live on
         self.recency: OrderedDict[ChunkKey, None] = OrderedDict()  # least recently used first; without expired chunks
         self.ghosts: OrderedDict[ChunkKey, Cause] = OrderedDict()
@@ -143,7 +150,7 @@ class Catalog:
 
     def carriers(self, mark: ChunkKey) -> Sequence[Chunk]:
         """Chunks that contain the prefix `mark`: the one that ends there, then longer ones, oldest first."""
-        own, inside = self.chunks.get(mark), self.inside.get(mark)
+        own, inside = self._ending_at(mark), self.inside.get(mark)
         if inside is None:  # nearly always
             return () if own is None else (own,)
         longer = [self.chunks[key] for key in islice(inside, MAX_CARRIERS)]
@@ -151,7 +158,7 @@ class Catalog:
 
     def representative(self, mark: ChunkKey) -> Chunk | None:
         """The carrier to which the need for this mark is charged."""
-        own = self.chunks.get(mark)
+        own = self._ending_at(mark)
         if own is not None and not own.superseded:
             return own
         return next((chunk for chunk in self.carriers(mark) if not chunk.superseded), own)
@@ -160,9 +167,25 @@ class Catalog:
         """A carrier that has, or is about to have, a readable copy anywhere."""
         return next((chunk for chunk in self.carriers(mark) if chunk.is_live), None)
 
+    def cover(self, marks: Iterable[ChunkKey], choose: Callable[[ChunkKey], Chunk | None]) -> list[Chunk]:
+        """The chunks chosen for these marks (ascending), each once and in their order; what the chunk chosen for a
+        later mark holds needs no other."""
+        chosen: list[Chunk] = []
+        held: set[ChunkKey] = set()
+        for mark in reversed(list(marks)):
+            chunk = choose(mark) if mark not in held else None
+            if chunk is not None:
+                chosen.append(chunk)
+                held.update(chunk.marks)
+        return chosen[::-1]
+
+    def _ending_at(self, mark: ChunkKey) -> Chunk | None:
+        own = self.chunks.get(mark)
+        return own if own is not None and own.doomed_from is None else None
+
     def add_marks(self, chunk: Chunk, marks: tuple[Mark, ...]) -> None:
         """More prefixes are known to end inside this chunk."""
-        for mark in marks:
+        for mark in marks if not chunk.is_doomed else ():
             if mark.key not in chunk.marks and chunk.start < mark.end < chunk.end:
                 chunk.marks[mark.key] = mark.end
                 self.inside.setdefault(mark.key, {})[chunk.key] = None
@@ -190,7 +213,7 @@ class Catalog:
         """An incoming copy is committed (with that many bytes, if measured). Being demoted is not being used."""
         self._let_go_of_source(chunk, copy)
         reserved_bytes, copy.num_bytes = copy.num_bytes, copy.num_bytes if num_bytes is None else num_bytes
-        self._count_fetches(copy, -1)
+        self._count_incoming(copy, -1)
         self.accounts[copy.place].settle(reserved_bytes, copy.num_bytes)
         copy.replica_id = None
         if used:
@@ -200,7 +223,7 @@ class Catalog:
     def abandon(self, chunk: Chunk, copy: Copy, cause: Cause) -> None:
         """An incoming copy will not come."""
         self._let_go_of_source(chunk, copy)
-        self._count_fetches(copy, -1)
+        self._count_incoming(copy, -1)
         self.accounts[copy.place].cancel(copy.num_bytes)
         copy.cause = cause
         self._move(chunk, copy, None)
@@ -268,9 +291,13 @@ class Catalog:
             chunk = self.chunks[next(iter(self.recency))]
             if chunk.last_used >= before:
                 return
-            del self.recency[chunk.key]
-            chunk.expired = True
-            self.changed(chunk)
+            self.expire_chunk(chunk)
+
+    def expire_chunk(self, chunk: Chunk) -> None:
+        """The chunk is among the first to go from now on, until it is used again."""
+        self.recency.pop(chunk.key, None)
+        chunk.expired = True
+        self.changed(chunk)
 
     def supersede(self, chunk: Chunk, by: Chunk) -> None:
         """`by` is longer and serves all marks of `chunk`, its beginning."""
@@ -280,13 +307,41 @@ class Catalog:
         self.changed(by)
 
     def remember(self, mark: ChunkKey, cause: Cause) -> None:
-        """Name the cause for which this prefix is not stored, if it is not."""
-        if mark in self.chunks or mark in self.inside:
+        """Name the cause for which this prefix is not stored, if it is not. Once deleted, that stays the cause."""
+        if self._ending_at(mark) is not None or mark in self.inside:
             return
-        self.ghosts[mark] = cause
+        self.ghosts[mark] = Cause.DELETED if self.ghosts.get(mark) is Cause.DELETED else cause
         self.ghosts.move_to_end(mark)
         if len(self.ghosts) > self._max_ghosts:
             self.ghosts.popitem(last=False)
+
+    # --- deletion -----------------------------------------------------------------------------------------------------
+
+    def find_bearers(self, marks: Sequence[ChunkKey]) -> dict[ChunkKey, int]:
+        """The chunks that hold one of these marks or go on from there, and the end of the first such mark in each."""
+        found: dict[ChunkKey, int] = {}
+        known, todo = set(marks), list(marks)
+        for mark in todo:
+            for key in (mark, *self.inside.get(mark, ()), *self.children.get(mark, ())):
+                chunk = self.chunks.get(key)
+                if chunk is None:
+                    continue
+                first = chunk.marks.get(mark, chunk.start)
+                found[key] = first = min(first, found.get(key, first))
+                beyond = [other for other, end in chunk.marks.items() if end >= first and other not in known]
+                known.update(beyond)
+                todo += beyond
+        return found
+
+    def doom(self, chunk: Chunk, first: int) -> None:
+        """Marks of this chunk that end at `first` or later were deleted: nobody finds it any more."""
+        chunk.doomed_from = first if chunk.doomed_from is None else min(first, chunk.doomed_from)
+        chunk.superseded = False
+        for mark, end in chunk.marks.items():
+            self._unlist(mark, chunk)
+            if end >= chunk.doomed_from:
+                self.remember(mark, Cause.DELETED)
+        self.changed(chunk)
 
     @property
     def bytes_per_token(self) -> float:
@@ -300,6 +355,8 @@ class Catalog:
             marks = {mark.key: mark.end for mark in info.marks}
             chunk = Chunk(info.key, info.parent, info.start, info.end, info.num_bytes, marks, now, now)
             self.chunks[info.key] = chunk
+            if info.parent is not None:
+                self.children.setdefault(info.parent, {})[info.key] = None
             self.num_tokens += info.end - info.start
             self.num_bytes += info.num_bytes
             for mark in marks:
@@ -316,7 +373,7 @@ class Catalog:
         assert copy.state in COPY_MOVES[None]
         chunk.copies[copy.place] = copy
         self.at.setdefault(copy.place, {})[chunk.key] = chunk
-        self._count_fetches(copy, +1)
+        self._count_incoming(copy, +1)
         self._count_in_family(chunk, copy, +1)
         self._settle_kin(chunk)
         self.changed(chunk)
@@ -342,12 +399,27 @@ class Catalog:
         self.recency.pop(chunk.key, None)
         self.num_tokens -= chunk.end - chunk.start
         self.num_bytes -= chunk.num_bytes
-        for mark in chunk.marks:
-            carriers = self.inside.get(mark)
-            if carriers is not None and carriers.pop(chunk.key, 0) is None and not carriers:
-                del self.inside[mark]
-            self.remember(mark, cause)
+        if chunk.parent is not None:
+            siblings = self.children[chunk.parent]
+            del siblings[chunk.key]
+            if not siblings:
+                del self.children[chunk.parent]
+        for mark, end in chunk.marks.items():
+            self._unlist(mark, chunk)
+            self.remember(mark, self._cause_of_loss(chunk, end, cause))
         self.changed(chunk)
+
+    @staticmethod
+    def _cause_of_loss(chunk: Chunk, end: int, cause: Cause) -> Cause:
+        """Of what a deleted chunk holds, the part before the deleted text only went with it."""
+        if chunk.doomed_from is None:
+            return cause
+        return Cause.DELETED if end >= chunk.doomed_from else Cause.EVICTED
+
+    def _unlist(self, mark: ChunkKey, chunk: Chunk) -> None:
+        carriers = self.inside.get(mark)
+        if carriers is not None and carriers.pop(chunk.key, 0) is None and not carriers:
+            del self.inside[mark]
 
     def changed(self, chunk: Chunk) -> None:
         """Tell the watcher, also about the chunks from or to which the need for a mark may have moved."""
@@ -368,7 +440,15 @@ class Catalog:
             copy.source = None
             self.changed(chunk)
 
-    def _count_fetches(self, copy: Copy, change: int) -> None:
+    def _count_incoming(self, copy: Copy, change: int) -> None:
+        if copy.state not in INCOMING:
+            return
+        counts = self.incoming.setdefault(copy.place.node_id, Counter())
+        counts[copy.state] += change
+        if not counts[copy.state]:
+            del counts[copy.state]
+        if not counts:
+            del self.incoming[copy.place.node_id]
         if copy.state is CopyState.FETCHING:
             self.accounts[copy.place].num_fetching += change
 

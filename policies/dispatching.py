@@ -51,7 +51,7 @@ class Dispatcher:
         """A new attempt: whatever is known of an earlier one is dropped, and stopped where it runs."""
         self.cancel(turn.turn_id)
         order = self._board.queue.new_order(turn.priority)
-        self._enqueue(TurnRecord(turn, order))
+        self._enqueue(TurnRecord(turn, order, self._board.now))
 
     def cancel(self, turn_id: TurnId) -> bool:
         """Forget a turn and stop it where it runs; whether it was known."""
@@ -102,7 +102,7 @@ class Dispatcher:
         replica.paused = True
         self._board.timers.at(self._board.now + self._board.config.retry_s, self._resume, replica)
         self._release(record, replica)
-        self._enqueue(TurnRecord(record.turn, record.order, deadline=record.deadline))
+        self._enqueue(TurnRecord(record.turn, record.order, record.submitted_at, deadline=record.deadline))
 
     def forget_replica(self, replica_id: ReplicaId) -> None:
         """Whatever ran there is gone; the clients of those turns submit them again. The fleet forgets it next."""

@@ -25,6 +25,7 @@ class Replica:
     num_tokens: int = 0
     num_queued_tokens: int = 0
     paused: bool = False  # a dispatch failed a moment ago
+    closing: bool = False  # takes no further turns
 
     @property
     def num_turns(self) -> int:
@@ -32,7 +33,7 @@ class Replica:
 
     @property
     def is_open(self) -> bool:
-        return not self.paused and self.num_turns < self.spec.max_running_turns
+        return not self.paused and not self.closing and self.num_turns < self.spec.max_running_turns
 
     def take(self, turn_id: TurnId, num_tokens: int, num_uncached_tokens: int) -> None:
         self.running[turn_id] = num_tokens
@@ -83,8 +84,8 @@ class Fleet:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
         self.replicas: dict[ReplicaId, Replica] = {}
-        self.hosts: Counter[NodeId] = Counter()  # nodes and their numbers of replicas
-        self.largest_tokens = 0  # the biggest replica's capacity
+        self.hosts: Counter[NodeId] = Counter()  # nodes and their numbers of replicas; without closing ones
+        self.largest_tokens = 0  # the biggest replica's capacity; without closing ones
         self.dram_budget_bytes = 0
         self.ssd_budget_bytes = 0
 
@@ -106,6 +107,10 @@ class Fleet:
 
     def remove_replica(self, replica_id: ReplicaId) -> None:
         self.replicas.pop(replica_id, None)
+        self._count_replicas()
+
+    def close_replica(self, replica_id: ReplicaId) -> None:
+        self.replicas[replica_id].closing = True
         self._count_replicas()
 
     def replicas_on(self, node_id: NodeId) -> list[ReplicaId]:
@@ -137,8 +142,9 @@ class Fleet:
         return next((node.node_id for node in self.nodes.values() if place in node.places), None)
 
     def _count_replicas(self) -> None:
-        self.hosts = Counter(replica.spec.node_id for replica in self.replicas.values())
-        self.largest_tokens = max((replica.spec.max_running_tokens for replica in self.replicas.values()), default=0)
+        specs = [replica.spec for replica in self.replicas.values() if not replica.closing]
+        self.hosts = Counter(spec.node_id for spec in specs)
+        self.largest_tokens = max((spec.max_running_tokens for spec in specs), default=0)
 
     def _sum_budgets(self) -> None:
         def total(tier: Tier) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from policies.administration import Administrator
 from policies.catalog import INCOMING, Catalog, Copy, CopyState
 from policies.dispatching import Dispatcher
 from policies.fleet import Fleet
@@ -24,9 +25,10 @@ def check(scheduler: Scheduler) -> None:
     check_copies(board.catalog)
     check_marks(board.catalog)
     check_families(board.catalog)
-    check_leases(board.catalog, scheduler.dispatcher)
+    check_leases(board.catalog, scheduler.dispatcher, scheduler.administrator)
     check_candidates(scheduler)
-    check_queue(board.queue, scheduler.dispatcher)
+    check_queue(board.queue, scheduler.dispatcher, scheduler.administrator)
+    check_doomed(scheduler)
     check_replicas(board.fleet, scheduler.dispatcher)
     check_offers(scheduler)
 
@@ -37,12 +39,17 @@ def check_bytes(catalog: Catalog) -> None:
     reserved: Counter[Place] = Counter()
     leaving: Counter[Place] = Counter()
     fetching: Counter[Place] = Counter()
+    incoming: Counter[tuple[str, CopyState]] = Counter()
     for chunk in catalog.chunks.values():
         for place, copy in chunk.copies.items():
             (reserved if copy.state in INCOMING else used)[place] += copy.num_bytes
             if copy.state is CopyState.DROPPING or copy.leaving:
                 leaving[place] += copy.num_bytes
             fetching[place] += copy.state is CopyState.FETCHING
+            if copy.state in INCOMING:
+                incoming[place.node_id, copy.state] += 1
+    counts = {(node_id, state): n for node_id, states in catalog.incoming.items() for state, n in states.items()}
+    assert counts == dict(incoming), "copies on their way are miscounted"
     for place, account in catalog.accounts.items():
         ours = (account.used_bytes, account.reserved_bytes, account.leaving_bytes, account.num_fetching)
         theirs = (used[place], reserved[place], leaving[place], fetching[place])
@@ -80,6 +87,8 @@ def check_marks(catalog: Catalog) -> None:
         assert chunk.marks[key] == chunk.end
         for mark, end in chunk.marks.items():
             assert chunk.start < end <= chunk.end
+            if chunk.is_doomed:
+                continue
             assert mark not in catalog.ghosts, f"mark {mark} is stored and a ghost"
             if mark != key:
                 inside[mark].add(key)
@@ -91,6 +100,11 @@ def check_marks(catalog: Catalog) -> None:
 
 def check_families(catalog: Catalog) -> None:
     """Parents know their children, and outlive them unless they were lost."""
+    children: defaultdict[ChunkKey, set[ChunkKey]] = defaultdict(set)
+    for chunk in catalog.chunks.values():
+        if chunk.parent is not None:
+            children[chunk.parent].add(chunk.key)
+    assert {key: set(keys) for key, keys in catalog.children.items()} == dict(children)
     live: Counter[ChunkKey] = Counter()
     staying: defaultdict[ChunkKey, Counter[Place]] = defaultdict(Counter)
     for chunk in catalog.chunks.values():
@@ -109,12 +123,16 @@ def check_families(catalog: Catalog) -> None:
         assert not is_orphan or key in catalog.bereaved, f"{key} was given up before its children"
 
 
-def check_leases(catalog: Catalog, dispatcher: Dispatcher) -> None:
+def check_leases(catalog: Catalog, dispatcher: Dispatcher, administrator: Administrator) -> None:
     holders: defaultdict[int, set[TurnId]] = defaultdict(set)
     for owner, lease in catalog.leases.by_owner.items():
         record = dispatcher.turns.get(owner)
-        assert record is not None, f"{owner} holds a lease and is not known"
-        assert record.state is TurnState.DISPATCHED, f"{owner} holds a lease and is {record.state}"
+        if owner in administrator.pins:
+            assert lease.deadline == administrator.pins[owner], f"{owner} is to end at another time"
+            assert not any(chunk.is_doomed for chunk, _ in lease.held), f"{owner} keeps what was deleted"
+        else:
+            assert record is not None, f"{owner} holds a lease and is not known"
+            assert record.state is TurnState.DISPATCHED, f"{owner} holds a lease and is {record.state}"
         assert lease.deadline > 0.0 or lease.deadline == lease.deadline
         assert lease.held, f"the lease of {owner} holds nothing"
         for chunk, copy in lease.held:
@@ -150,13 +168,33 @@ def _check_evictable(copy: Copy) -> None:
     assert not copy.num_readers
 
 
-def check_queue(queue: WaitingQueue, dispatcher: Dispatcher) -> None:
+def check_doomed(scheduler: Scheduler) -> None:
+    """What was deleted is remembered until it is gone, and found by nobody."""
+    board = scheduler.board
+    doomed = {key for key, chunk in board.catalog.chunks.items() if chunk.is_doomed}
+    assert doomed <= board.doomed.keys()
+    for key in doomed:
+        chunk = board.catalog.chunks[key]
+        assert chunk.next_use is None
+        assert not chunk.superseded
+        assert not any(chunk in board.catalog.carriers(mark) for mark in chunk.marks)
+        assert not any(copy.is_idle for copy in chunk.copies.values()), f"{key} was deleted and could go"
+
+
+def check_queue(queue: WaitingQueue, dispatcher: Dispatcher, administrator: Administrator) -> None:
     waiting = {turn_id: record for turn_id, record in dispatcher.turns.items() if record.is_waiting}
-    assert len(queue) == len(waiting)
+    expected = set(administrator.expected.values())
+    assert len(queue) == len(waiting) + len(expected)
+    assert not expected & dispatcher.turns.keys()
+    last = max((record.order for record in waiting.values()), default=None)
+    assert last is None or all(queue.order_of(turn_id) > last for turn_id in expected)
     ready = {record.order for record in waiting.values() if record.state is TurnState.WAITING}
     assert set(dispatcher.ready) == ready
     awaited: defaultdict[ChunkKey, set[TurnId]] = defaultdict(set)
     needs: defaultdict[ChunkKey, list[tuple[int, int]]] = defaultdict(list)
+    for turn_id in expected:
+        for mark in needed_marks(queue.turn(turn_id)):
+            needs[mark].append(queue.order_of(turn_id))
     for turn_id, record in waiting.items():
         assert queue.order_of(turn_id) == record.order
         assert queue.turn_at(record.order) == turn_id

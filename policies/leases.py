@@ -17,7 +17,8 @@ class Lease:
 
 
 class Leases:
-    """One lease per owner (a turn) over all copies its plan reads. `changed` hears of chunks whose pins changed."""
+    """One lease per owner: a turn, over all copies its plan reads, or a session's pin. `changed` hears of chunks whose
+    pins changed."""
 
     def __init__(self, changed: Callable[[Chunk], None]) -> None:
         self.by_owner: dict[str, Lease] = {}
@@ -48,9 +49,21 @@ class Leases:
 
     def detach(self, copy: Copy) -> None:
         """The copy is going although it is pinned (lost or corrupt): its holders keep the rest of their leases."""
-        for owner in copy.holders:
-            lease = self.by_owner[owner]
-            lease.held = [(chunk, other) for chunk, other in lease.held if other is not copy]
-            if not lease.held:
-                del self.by_owner[owner]
-        copy.holders.clear()
+        for owner in list(copy.holders):
+            self.let_go(owner, copy)
+
+    def let_go(self, owner: str, copy: Copy) -> None:
+        """The owner keeps the rest of its lease. Its caller tells of the change."""
+        lease = self.by_owner[owner]
+        lease.held = [(chunk, other) for chunk, other in lease.held if other is not copy]
+        copy.holders.discard(owner)
+        if not lease.held:
+            del self.by_owner[owner]
+
+    def shift(self, owner: str, chunk: Chunk, copy: Copy, to: Copy) -> None:
+        """The owner holds another copy of the chunk in place of this one."""
+        lease = self.by_owner[owner]
+        lease.held = [(held, to if other is copy else other) for held, other in lease.held]
+        copy.holders.discard(owner)
+        to.holders.add(owner)
+        self._changed(chunk)

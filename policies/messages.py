@@ -46,6 +46,7 @@ class Cause(StrEnum):
     COMPUTED_SOONER = "computed_sooner"  # load or compute: the engine had it before its load came
     CORRUPT = "corrupt"
     LOST = "lost"  # its node, actor, disk or bucket failed
+    DELETED = "deleted"  # its conversation was deleted
     DRIFT = "template_drift"
     TRUNCATED = "truncated"
     REUSE_OFF = "reuse_off"
@@ -253,6 +254,59 @@ class ReplicaLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaClosing:
+    """The replica gets no further turns; what runs there goes on. ReplicaReady opens it again."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionExpected:
+    """The session is about to speak (SYMPHONY's advisory): for so many seconds its chunks are treated as if `turn`
+    waited behind all others. `turn` is what is known of its next prompt, and is never dispatched.
+
+    It ends when a turn of the session is submitted. Again for the same session: in place of the earlier one; with no
+    seconds, it is not expected any more.
+    """
+
+    turn: Turn
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionPinned:
+    """A copy of each chunk that holds these marks is kept for so many seconds. What is still on its way is not covered.
+
+    Again for the same session: in place of the earlier pin; with no seconds, nothing is pinned any more.
+    """
+
+    session_id: SessionId
+    prompt: tuple[Mark, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionExpired:
+    """The session is over: of the chunks with these marks, those it used last are the first to go."""
+
+    session_id: SessionId
+    prompt: tuple[Mark, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionDeleted:
+    """No tier keeps what holds these marks, nor what goes on from it; offers of the session in the next `seconds` are
+    declined, and its turns end.
+
+    The marks are those beyond every prefix that others may share (a system prompt).
+    """
+
+    session_id: SessionId
+    prompt: tuple[Mark, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: deadlines, leases and watermarks are looked at again."""
 
@@ -273,6 +327,11 @@ Event = (
     | NodeLost
     | ReplicaReady
     | ReplicaLost
+    | ReplicaClosing
+    | SessionExpected
+    | SessionPinned
+    | SessionExpired
+    | SessionDeleted
     | Tick
 )
 
@@ -353,7 +412,18 @@ class Cancel:
     attempt: int = 0
 
 
-Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """The replica forgets, in HBM and in its write buffer, what holds these marks and what goes on from it.
+
+    Needs no answer.
+    """
+
+    replica_id: ReplicaId
+    marks: tuple[ChunkKey, ...]
+
+
+Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel | Forget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from policies.queue import Order
 class Outlook:
     """The cluster at a glance. Budgets are sums over its nodes."""
 
-    num_waiting: int
+    num_waiting: int  # turns, those that are only expected included
     dram_budget_bytes: int
     ssd_budget_bytes: int
     session_bytes: float  # S_kv: mean KV bytes of a waiting session; 0 while unknown

@@ -14,10 +14,11 @@ Order = tuple[int, int]
 """(priority, arrival number): the lower one goes first. Unique for a turn as long as it waits."""
 
 FIRST: Order = (-(1 << 62), 0)  # before every turn
+LAST_PRIORITY = 1 << 62  # behind every turn: of those that are only expected
 
 
 class WaitingQueue:
-    """Waiting turns, and for every mark of their prompts the turns that have it.
+    """Waiting turns, behind them the expected ones, and for every mark of their prompts the turns that have it.
 
     A mark's list of orders is sorted, so its first entry is the mark's next use. Marks shared by very many waiting
     turns (a system prompt) have long lists; taking the head out of one of 10,000 costs a few microseconds.

@@ -82,6 +82,9 @@ class Saver:
             return Verdict.REPEATED
         if self._is_stored(info, place):
             return Verdict.DECLINE
+        if self._is_deleted(event, info):
+            self._catalog.remember(info.key, Cause.DECLINED)
+            return Verdict.DECLINE
         session = self._board.sessions.get(event.session_id)
         has_parent = info.start == 0 or self._has_parent(info, event.node_id)
         if not has_parent or info.num_bytes > account.budget_bytes or not self._is_admitted(event, info):
@@ -114,11 +117,16 @@ class Saver:
             return True
         return place in chunk.copies or find_copy(chunk, self._board.fleet.places_of(place.node_id)) is not None
 
+    def _is_deleted(self, event: ChunksReady, info: ChunkInfo) -> bool:
+        """Whether its session was deleted a moment ago, or what is stored of this chunk is being deleted."""
+        chunk = self._catalog.chunks.get(info.key)
+        return event.session_id in self._board.sessions.deleted or (chunk is not None and chunk.is_doomed)
+
     def _has_parent(self, info: ChunkInfo, node_id: NodeId) -> bool:
         if info.parent is None or info.parent in self.pending[node_id]:
             return info.parent is not None
         parent = self._catalog.chunks.get(info.parent)
-        return parent is not None and parent.is_live
+        return parent is not None and parent.is_live and not parent.is_doomed
 
     def _is_admitted(self, event: ChunksReady, info: ChunkInfo) -> bool:
         account = self._catalog.accounts[Place(event.node_id, Tier.DRAM)]
@@ -186,11 +194,15 @@ class Saver:
 
     def _give_up(self, node_id: NodeId, offer: PendingOffer) -> None:
         if self.pending[node_id].get(offer.info.key) is offer:
-            del self.pending[node_id][offer.info.key]
-            self._settle_claim(node_id)
-            self._board.freed_nodes.add(node_id)
-            self._catalog.remember(offer.info.key, Cause.DECLINED)
-            self._decline(offer.replica_id, [offer.info.key])
+            self.withdraw(node_id, offer)
+
+    def withdraw(self, node_id: NodeId, offer: PendingOffer) -> None:
+        """An offer that waits there does so no longer: it is declined."""
+        del self.pending[node_id][offer.info.key]
+        self._settle_claim(node_id)
+        self._board.freed_nodes.add(node_id)
+        self._catalog.remember(offer.info.key, Cause.DECLINED)
+        self._decline(offer.replica_id, [offer.info.key])
 
     def forget_replica(self, replica_id: ReplicaId) -> None:
         """Its write buffer is gone; Saves under way fail by themselves."""
@@ -225,8 +237,9 @@ class Saver:
                 self._catalog.arrive(chunk, copy, self._board.now)
                 self._board.changed_chunks.add(key)
                 self._board.freed_nodes.add(event.node_id)
-                self._replace_shorter(chunk)
-                self._write_through(chunk, event.node_id)
+                if not chunk.is_doomed:
+                    self._replace_shorter(chunk)
+                    self._write_through(chunk, event.node_id)
 
     def on_save_failed(self, command: Save) -> None:
         place = Place(command.node_id, Tier.DRAM)

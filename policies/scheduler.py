@@ -6,6 +6,7 @@ A pure state machine: no clock, no randomness, no I/O, no tokens. Its work is sh
     Saver       offers of new chunks: Save or Decline, write-through
     Fetcher     raising chunks to DRAM, on demand and ahead of need
     Evictor     watermarks, making room, copies that leave or are lost
+    Administrator   sessions that are expected, pinned, over or deleted
 
 Every event is handled by one desk; then the desks settle what follows from it until nothing changes. Events may come
 late, twice or out of order (actors die and answers cross): what does not fit the state is counted as stale.
@@ -13,10 +14,12 @@ late, twice or out of order (actors die and answers cross): what does not fit th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from policies import inspection
 from policies import messages as m
+from policies.administration import Administrator
 from policies.admission import AdmissionPolicy
 from policies.board import Board
 from policies.candidates import Candidates
@@ -27,7 +30,7 @@ from policies.eviction import EvictionPolicy
 from policies.fetching import Fetcher
 from policies.fleet import Fleet
 from policies.placement import PlacementPolicy
-from policies.places import Account, Place
+from policies.places import Account
 from policies.placing import Placer
 from policies.plugins import Guard, load_policy, require_verbs
 from policies.prefetch import PrefetchPolicy
@@ -74,6 +77,7 @@ class Scheduler:
         self.fetcher = Fetcher(self.board, self.evictor, cast(PrefetchPolicy, self._policy("prefetch", prefetch)))
         placer = Placer(self.board, cast(PlacementPolicy, self._policy("placement", placement)))
         self.dispatcher = Dispatcher(self.board, self.fetcher, placer)
+        self.administrator = Administrator(self.board, self.dispatcher, self.saver, self.fetcher, self.evictor)
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.TurnSubmitted: lambda event: self._on_submitted(event.turn),
             m.TurnCancelled: self._on_cancelled,
@@ -90,6 +94,11 @@ class Scheduler:
             m.NodeLost: self._on_node_lost,
             m.ReplicaReady: self._on_replica_ready,
             m.ReplicaLost: self._on_replica_lost,
+            m.ReplicaClosing: self._on_replica_closing,
+            m.SessionExpected: self.administrator.on_expected,
+            m.SessionPinned: self.administrator.on_pinned,
+            m.SessionExpired: self.administrator.on_expired,
+            m.SessionDeleted: self.administrator.on_deleted,
             m.Tick: self._on_tick,
         }
 
@@ -125,6 +134,7 @@ class Scheduler:
 
     def _settle_places(self) -> None:
         self.evictor.retire_superseded()
+        self.administrator.retire_doomed()
         places, self.board.changed_places = self.board.changed_places, set()
         for place in sorted(places):
             self.evictor.relieve(place)
@@ -134,6 +144,8 @@ class Scheduler:
         for key in sorted(keys):
             self.dispatcher.note_chunk(key)
             chunk = self.board.catalog.chunks.get(key)
+            if chunk is not None:
+                self.administrator.note_chunk(chunk)
             if chunk is not None and chunk.next_use is not None:
                 self.fetcher.note_waiting(chunk.next_use)
 
@@ -150,6 +162,7 @@ class Scheduler:
         is_new = self.board.sessions.note_turn(turn.session_id, turn.turn_id, turn.num_prompt_tokens)
         if is_new and turn.reuse:
             self.board.candidates.note_prompt([mark.key for mark in turn.prompt], self.board.now)
+        self.administrator.note_submitted(turn)
         self.dispatcher.submit(turn)
 
     def _on_finished(self, event: m.TurnFinished) -> None:
@@ -176,8 +189,8 @@ class Scheduler:
                 self.evictor.on_demote_failed(command)
             case m.Drop():
                 self.evictor.on_drop_failed(command)
-            case m.Decline() | m.Cancel():
-                pass  # a Cancel has its own deadline, a Decline needs no answer
+            case m.Decline() | m.Cancel() | m.Forget():
+                pass  # a Cancel has its own deadline, the others need no answer
 
     def _on_node_joined(self, event: m.NodeJoined) -> None:
         """The same node again replaces what was known of it: its shared place and its replicas stay."""
@@ -191,7 +204,9 @@ class Scheduler:
                 self.board.catalog.accounts[place] = Account(spec.budget_bytes, spec.bytes_per_s)
             else:
                 account.revise(spec)
+        deleted = self.administrator.find_deleted(event.inventory)
         self.saver.adopt_inventory(event)
+        self.administrator.doom(deleted)
         self.board.changed_places.update(node.places)
         self.board.freed_nodes.add(event.node_id)
         self.dispatcher.note_change()
@@ -224,6 +239,14 @@ class Scheduler:
             return
         self._forget_replica(event.replica_id)
 
+    def _on_replica_closing(self, event: m.ReplicaClosing) -> None:
+        if event.replica_id not in self.board.fleet.replicas:
+            self.board.note_stale("ReplicaClosing")
+            return
+        self.board.fleet.close_replica(event.replica_id)
+        self.dispatcher.note_change()
+        self.fetcher.note_fleet()
+
     def _forget_replica(self, replica_id: m.ReplicaId) -> None:
         self.dispatcher.forget_replica(replica_id)
         self.saver.forget_replica(replica_id)
@@ -243,33 +266,23 @@ class Scheduler:
 
         check(self)
 
+    @property
+    def num_waiting(self) -> int:
+        """Turns in the queue; without those that are only expected."""
+        return len(self.board.queue) - len(self.administrator.expected)
+
+    def turns_of(self, session_id: m.SessionId) -> list[m.TurnId]:
+        """The session's turns that wait or run."""
+        return self.administrator.turns_of(session_id)
+
+    def where(self, marks: Sequence[m.ChunkKey]) -> list[inspection.ChunkView]:
+        """The chunks that hold these marks (ascending), in order, each once, with their copies in any state."""
+        return inspection.where(self.board.catalog, marks)
+
+    def queue_view(self, limit: int) -> list[inspection.WaitingView]:
+        """The first `limit` turns that wait, in order."""
+        return inspection.queue_view(self, limit)
+
     def snapshot(self) -> dict[str, Any]:
         """Plain numbers, for metrics."""
-        board = self.board
-        states = [record.state for record in self.dispatcher.turns.values()]
-        return {
-            "turns_waiting": len(board.queue),
-            "turns_running": len(states) - len(board.queue),
-            "chunks": len(board.catalog.chunks),
-            "ghosts": len(board.catalog.ghosts),
-            "leases": len(board.catalog.leases),
-            "offers_pending": sum(map(len, self.saver.pending.values())),
-            "replicas": len(board.fleet.replicas),
-            "nodes": len(board.fleet.nodes),
-            "tiers": {_name(place): _figures(account) for place, account in board.catalog.accounts.items()},
-            "counters": dict(board.counters),
-            "policy_faults": dict(board.guard.num_faults),
-            "policy_fault_texts": board.guard.texts(),
-        }
-
-
-def _name(place: Place) -> str:
-    return f"{place.node_id}/{place.tier}"
-
-
-def _figures(account: Account) -> dict[str, int]:
-    return {
-        "budget_bytes": account.budget_bytes,
-        "used_bytes": account.used_bytes,
-        "reserved_bytes": account.reserved_bytes,
-    }
+        return inspection.snapshot(self)

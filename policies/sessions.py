@@ -24,6 +24,7 @@ class Sessions:
 
     def __init__(self, max_sessions: int) -> None:
         self.records: OrderedDict[SessionId, SessionRecord] = OrderedDict()
+        self.deleted: dict[SessionId, float] = {}  # until when their offers are declined
         self._max_sessions = max_sessions
 
     def __len__(self) -> int:

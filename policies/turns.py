@@ -36,6 +36,7 @@ class TurnRecord:
 
     turn: Turn
     order: Order
+    submitted_at: float
     state: TurnState = TurnState.WAITING
     replica_id: ReplicaId | None = None
     attempt: int = 0  # of its Dispatch

@@ -97,7 +97,7 @@ class Capture:
             index = sequence.num_settled_chunks
             sequence.num_settled_chunks += 1
             slot = sequence.slots.pop(index, None)
-            wanted = self._kept is not None and sequence.keeping
+            wanted = self._kept is not None and sequence.keeping and not sequence.doomed
             if slot is None and not wanted:
                 continue
             span = sequence.chunk_span(index, (index + 1) * size)
@@ -140,7 +140,8 @@ class Capture:
         self._offer(sequence, span, slot)
         used = self._used.get(sequence.turn_id)
         is_torn = used and self._kept is not None and not self._kept.holds(used[-1])
-        if self._kept is None or not sequence.keeping or is_torn or span.key in self._kept:
+        wanted = self._kept is not None and sequence.keeping and not sequence.doomed and not is_torn
+        if self._kept is None or not wanted or span.key in self._kept:
             self._buffer.release(slot)
         else:
             parent = sequence.key_before(index)
@@ -159,8 +160,8 @@ class Capture:
         used.append(chunk)
 
     def _offer(self, sequence: Sequence, span: ChunkSpan, slot: int) -> None:
-        """The saver encodes it, unless the store has it or nobody takes more."""
-        if span.key in sequence.known_keys or span.key in self._ready or not self._ready.has_room():
+        """The saver encodes it, unless the store has it, or may not have it, or nobody takes more."""
+        if sequence.doomed or span.key in sequence.known_keys or span.key in self._ready or not self._ready.has_room():
             return
         blocks = self._blocks_of(sequence, span)
         self._blocks.pin(blocks)

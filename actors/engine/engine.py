@@ -3,15 +3,16 @@
     step:  settle what loaders and savers finished -> plan -> one forward -> sample -> settle the tokens
 
 Ragged continuous batching: the tokens of a step, prefill chunks and decodes of all turns, are one flattened forward
-over paged KV. Turns whose restore is under way are `actors.engine.restoring`'s. `add`, `abort`, `wait_for_work`,
-`ready_chunks`, `take_chunk` and `drop_chunk` may be called from any thread; everything else belongs to the one thread
-that calls `step`.
+over paged KV. Turns whose restore is under way are `actors.engine.restoring`'s. `add`, `abort`, `forget`,
+`wait_for_work`, `ready_chunks`, `take_chunk`, `drop_chunk` and `kept` may be called from any thread; everything else
+belongs to the one thread that calls `step`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -155,12 +156,21 @@ class Engine:
         """Forgets a ready chunk; unknown keys are ignored."""
         self._ready.drop(key)
 
+    def forget(self, marks: Iterable[str]) -> None:
+        """What begins with one of these prefixes (keys of marks) is found by no later turn and offered to nobody: in
+        the pool and the write buffer at the next step, on offer at once. Turns that run go on."""
+        self._mailbox.doom(marks)
+
+    def kept(self, keys: Iterable[str]) -> list[str]:
+        """Which of these chunks are in the pool. The answer may be old by the time it is read."""
+        return [key for key in keys if self._kept is not None and key in self._kept]
+
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do, or will have as soon as a loader or saver is done."""
-        return bool(
-            self._mailbox.num_waiting or self._sequences or self._capture.num_saving or self._restoring.num_unsettled
-        )
+        mailbox = self._mailbox
+        is_told = mailbox.num_waiting or mailbox.num_doomed
+        return bool(is_told or self._sequences or self._capture.num_saving or self._restoring.num_unsettled)
 
     def wait_for_work(self, timeout_s: float) -> bool:
         """Waits until there is work, at most `timeout_s`; whether there is."""
@@ -181,6 +191,7 @@ class Engine:
         self._use_threads()
         num_changes = self._mailbox.num_changes
         self._take_requests()
+        self._forget_doomed()
         self._settle_loads()
         self._capture.settle()
         self._settle_aborts()
@@ -200,6 +211,16 @@ class Engine:
             self._num_arrivals += 1
             table = BlockTable(self.config.block_tokens)
             self._sequences[request.turn_id] = Sequence(request, self._num_arrivals, table, self.config.chunk_tokens)
+
+    def _forget_doomed(self) -> None:
+        marks = self._mailbox.take_doomed()
+        if not marks:
+            return
+        for sequence in self._sequences.values():
+            sequence.doomed = sequence.doomed or sequence.begins_with(marks)
+        self._ready.drop_marked(marks)
+        if self._kept is not None:
+            self._kept.drop_marked(marks)
 
     def _settle_loads(self) -> None:
         """Turns whose load is over, or was waited for long enough, go on."""

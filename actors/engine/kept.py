@@ -11,7 +11,7 @@ an eviction policy. Bookkeeping only, for the engine's thread; the blocks themse
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -222,6 +222,10 @@ class KeptChunks:
                 self._forget(self._by_key[key])
             doomed = children
 
+    def drop_marked(self, marks: Set[str]) -> None:
+        """`drop` for all chunks that hold one of these marks, or whose prefix is one."""
+        self.drop([chunk for chunk in self._by_key.values() if _holds(chunk, marks)])
+
     def make_room(self, num_free: int) -> None:
         """Evicts until so many blocks are free, as far as evicting helps."""
         while self.blocks.num_free < num_free and self._candidates:
@@ -295,3 +299,7 @@ class KeptChunks:
             states = {self.blocks.state(block) for block in chunk.blocks}
             held = chunk.num_turns > 0
             assert held == (BlockState.HELD in states), "a chunk's turns and its blocks' disagree"
+
+
+def _holds(chunk: KeptChunk, marks: Set[str]) -> bool:
+    return chunk.parent in marks or any(key in marks for _, key in chunk.marks)

@@ -1,8 +1,9 @@
-"""What other threads hand to the thread that steps the engine: new turns, aborts, and news that something is done."""
+"""What other threads hand to the thread that steps the engine: new turns, aborts, what is to be forgotten, and news
+that something is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from threading import Condition
 
 from actors.engine.turns import Request
@@ -16,6 +17,7 @@ class Mailbox:
         self._requests: list[Request] = []
         self._aborts: set[str] = set()
         self._known: set[str] = set()
+        self._doomed: set[str] = set()
         self._num_changes = 0
 
     def add(self, request: Request) -> None:
@@ -49,6 +51,22 @@ class Mailbox:
         with self._changed:
             self._known.discard(turn_id)
             self._aborts.discard(turn_id)
+
+    def doom(self, marks: Iterable[str]) -> None:
+        """Nothing that begins with one of these prefixes is to be found any more."""
+        with self._changed:
+            self._doomed.update(marks)
+            self.wake()
+
+    def take_doomed(self) -> set[str]:
+        with self._changed:
+            doomed, self._doomed = self._doomed, set()
+            return doomed
+
+    @property
+    def num_doomed(self) -> int:
+        """Prefixes that nobody took yet."""
+        return len(self._doomed)
 
     @property
     def num_waiting(self) -> int:

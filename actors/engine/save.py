@@ -11,7 +11,7 @@ slot a chunk is not captured, without room on offer the newest chunk is dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -158,6 +158,16 @@ class ReadyChunks:
         """Forgets a chunk; unknown keys are fine."""
         with self._lock:
             self._offers.pop(key, None)
+
+    def drop_marked(self, marks: Set[str]) -> None:
+        """Forgets the chunks that hold one of these marks, and what goes on from them."""
+        with self._lock:
+            doomed = set(marks)
+            headers = sorted((chunk.header for chunk, _ in self._offers.values()), key=lambda header: header.start)
+            for header in headers:
+                if header.parent in doomed or any(key in doomed for _, key in header.marks):
+                    doomed.add(header.key)
+                    del self._offers[header.key]
 
     def __contains__(self, key: str) -> bool:
         with self._lock:

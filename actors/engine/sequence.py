@@ -10,7 +10,7 @@ This file decides nothing and touches no tensor.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -121,6 +121,8 @@ class Sequence:
         """False once a chunk could not be captured: what follows it could never be reached."""
         self.keeping = request.save
         """False once a chunk of it is kept by another turn in other blocks."""
+        self.doomed = False
+        """Its conversation was deleted: nothing of it is kept or offered."""
         self.stored: set[int] = set()
         """Chunks (by index) that the store has whole: not captured, even where they are computed."""
         self.known_keys: set[str] = set()
@@ -248,6 +250,10 @@ class Sequence:
             parent=parent if index else None,
             marks=tuple((start + offset, key) for offset, key in marks),
         )
+
+    def begins_with(self, marks: Set[str]) -> bool:
+        """Whether a prefix of it has one of these keys, as far as its chunks and cuts tell."""
+        return any(key in marks for _, key in chain(self.request.root, self.token_ids, self.chunk_tokens, self.cuts))
 
     def pieces(self, start: int) -> tuple[Piece, ...]:
         """What can be restored from `start` on (the beginning of a chunk, or the end of all sources): all sources,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,12 +15,17 @@ from cluster.serving.errors import ApiError
 from cluster.serving.recollection import Recollection
 from cluster.serving.sessions import Session, SessionBook, scheduler_session
 from policies import messages as m
+from policies.inspection import ChunkView, WaitingView
 
 ADVICE_S = 30.0
 """A session that was expected and does not speak for so long is expected no more."""
 
 MAX_PIN_S = 24 * 3600.0
 DELETE_LIMIT_S = 15.0
+REFUSE_S = 60.0
+"""For so long after a deletion, chunks that still come from the session are refused."""
+
+RESIDENT = "resident"
 POLL_S = 0.05
 TIERS = ("hbm", "dram", "ssd", "object")
 
@@ -59,11 +65,11 @@ class Administration:
             inside = [mark.end for mark in ends if start < mark.end <= start + size]
             if not inside:
                 continue
-            stored = [chunk for chunk in found if chunk["start"] == start]
-            tiers = {tier for chunk in stored for tier in chunk["tiers"]}
+            stored = [chunk for chunk in found if chunk.start == start]
+            tiers = {str(copy.tier) for chunk in stored for copy in chunk.copies if copy.state == RESIDENT}
             if any(start < end <= start + size for end in kept_ends):
                 tiers.add("hbm")
-            num_bytes = max((chunk["bytes"] for chunk in stored), default=0)
+            num_bytes = max((chunk.num_bytes for chunk in stored), default=0)
             end = max(inside)
             rows.append(
                 {
@@ -120,7 +126,7 @@ class Administration:
         name = scheduler_session(scope, session_id)
         keys = [mark.key for mark in session.own_marks]
         before = await self._where(keys)
-        await self._tell(self.connection.state.scheduler.delete.remote(name, session.own_marks))
+        await self._tell(self.connection.state.scheduler.delete.remote(name, session.own_marks, REFUSE_S))
         self.recollection.forget(scope, session_id)
         await self.connection.shelf.delete(f"{scope}/{session_id}")
         left = await self._until_gone(keys)
@@ -148,8 +154,8 @@ class Administration:
             raise ApiError(404, f"the session {session_id!r} is not known", code="session_not_found")
         return session
 
-    async def _where(self, keys: list[str]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = await self._tell(self.connection.state.scheduler.where.remote(keys))
+    async def _where(self, keys: list[str]) -> list[ChunkView]:
+        rows: list[ChunkView] = await self._tell(self.connection.state.scheduler.where.remote(keys))
         return rows
 
     @staticmethod
@@ -161,7 +167,7 @@ class Administration:
 
 
 def cluster_view(
-    scheduler: dict[str, Any], replicas: list[dict[str, Any]], waiting: list[dict[str, Any]], hbm_bytes: int
+    scheduler: dict[str, Any], replicas: list[dict[str, Any]], waiting: Sequence[WaitingView], hbm_bytes: int
 ) -> dict[str, Any]:
     """Plain figures for the page, from what the actors say of themselves. `hbm_bytes`: of one replica's pool."""
     tiers = [
@@ -186,7 +192,16 @@ def cluster_view(
     return {
         "tiers": tiers,
         "replicas": scheduler.get("fleet", []),
-        "waiting": waiting,
+        "waiting": [
+            {
+                "turn_id": turn.turn_id,
+                "session_id": turn.session_id.partition("/")[2],
+                "waiting_s": round(turn.waiting_s, 3),
+                "prompt_tokens": turn.num_prompt_tokens,
+                "fetching": turn.num_fetches,
+            }
+            for turn in waiting
+        ],
         "num_waiting": scheduler.get("turns_waiting", 0),
         "num_running": scheduler.get("turns_running", 0),
         "sessions_expected": scheduler.get("sessions_expected", 0),

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from actors.shard import ModelInfo
 from cluster.client import Client
+from policies.inspection import WaitingView
 from storage.histories import Record
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Connection:
         """Empty while it restarts."""
         return await _ask(self.state.scheduler.snapshot.remote(), {})
 
-    async def queue_view(self, limit: int) -> list[dict[str, Any]]:
+    async def queue_view(self, limit: int) -> list[WaitingView]:
         return await _ask(self.state.scheduler.queue_view.remote(limit), [])
 
     async def store_stats(self) -> list[dict[str, Any]]:

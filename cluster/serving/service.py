@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from actors.engine.params import SamplingParams, seed_of
 from actors.engine.turns import FinishReason
-from actors.scheduler import QueueFull
+from actors.scheduler import QueueFull, SessionGone
 from actors.wire import TurnRequest
 from cluster.chat import ChatFormat, TemplateError
 from cluster.client import Answer, TurnFailed
@@ -201,7 +201,7 @@ class Service:
     async def _finished(self, job: Job, answer: Answer, caller: Caller) -> None:
         """Before the answer's end is told: the client's next request must find its history."""
         if answer.finish_reason is FinishReason.ABORTED:
-            raise ApiError(409, "the answer was ended from elsewhere: its session was deleted", code="session_deleted")
+            raise _session_deleted()
         self.metrics.observe_answer(answer, caller.tenant.name)
         ids = self.chat.answer_ids(answer.token_ids, answer.text, answer.num_tokens_kept)
         try:
@@ -286,7 +286,9 @@ class Service:
                 return error
             case QueueFull():
                 wait_s = self._mean_s * max(1, error.num_waiting) / max(1, self.connection.num_slots)
-                return ApiError(429, f"{error}: try again later", code="queue_full", retry_after_s=min(wait_s, 600.0))
+                return ApiError(429, str(error), code="queue_full", retry_after_s=min(wait_s, 600.0))
+            case SessionGone():
+                return _session_deleted()
             case TimeoutError():
                 return ApiError(504, "the answer was not ready in time: ask for fewer tokens, or try again later")
             case TurnFailed() | RayError():
@@ -325,6 +327,10 @@ def _session_id(request: CommonRequest, caller: Caller) -> str | None:
     for name in ("conversation_id", "prompt_cache_key"):
         _check_session_id(getattr(request, name) or None, name)
     return caller.session_id or request.conversation_id or request.prompt_cache_key or None
+
+
+def _session_deleted() -> ApiError:
+    return ApiError(409, "the session was deleted: there is no answer", code="session_deleted")
 
 
 def _check_session_id(session_id: str | None, param: str) -> None:

@@ -105,7 +105,7 @@ class Simulation:
             m.Fetch: lambda command: self.stores[command.node_id].fetch(command),
             m.Demote: lambda command: self.stores[command.node_id].demote(command),
             m.Drop: lambda command: self.stores[command.node_id].drop(command),
-        }  # nobody cancels turns here
+        }  # nobody cancels turns or deletes sessions here
         self._roots = (request for request in trace if self.marker.parent_of(request) is None)
         self._expect_root()
 

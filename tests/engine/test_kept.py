@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from actors.engine.params import SamplingParams
+from actors.engine.turns import Request
+from storage.keys import chain
 from tests.engine.harness import CHUNK, GREEDY, Owner, make_engine
 from tests.engine.models import loaded, random_prompt, stock_answer
 
@@ -206,3 +208,79 @@ def test_what_goes_on_from_a_dropped_chunk_is_not_kept() -> None:
     owner.run()
     for turn_id in ("b", "c", "d"):
         _check(owner, turn_id)
+
+
+# --- forgetting -------------------------------------------------------------------------------------------------------
+
+
+def _keys(owner: Owner, tokens: tuple[int, ...]) -> list[str]:
+    """Of all prefixes of these tokens that end with a chunk, and of all of them."""
+    return [key for _, key in chain(owner.engine.loaded.key_space().root(), tokens, CHUNK)]
+
+
+def test_what_is_forgotten_is_not_found_nor_what_goes_on_from_it() -> None:
+    owner = _owner()
+    system = random_prompt(32, 3)
+    mine, other = (*system, *random_prompt(30, 4)), (*system, *random_prompt(20, 5))
+    for name, prompt in (("mine", mine), ("other", other)):
+        owner.add(name, prompt)
+        owner.run()
+    engine, keys = owner.engine, _keys(owner, mine)
+    assert engine.kept(keys) == keys[:3], "the full chunks; the prompt's end lies inside a tail"
+    before = len(engine.kept(_keys(owner, other)))
+    engine.forget(keys[2:3])
+    assert engine.has_work
+    engine.step()
+    engine.check()
+    assert engine.kept(keys) == keys[:2]
+    assert len(engine.kept(_keys(owner, other))) == before
+    owner.add("again", mine)
+    assert owner.run()["again"].started[0].num_in_hbm == 32
+    _check(owner, "again")
+
+
+def test_a_mark_inside_a_tail_is_enough() -> None:
+    owner = _owner()
+    owner.add("t0", PROMPT)
+    owner.run()
+    [tail] = [chunk for chunk in owner.engine._kept._by_key.values() if chunk.is_tail]  # type: ignore[union-attr]
+    assert owner.engine.kept([tail.key]) == [tail.key]
+    owner.engine.forget(_keys(owner, PROMPT)[-1:])
+    owner.engine.step()
+    assert owner.engine.kept([tail.key]) == []
+    owner.engine.check()
+    owner.add("t1", _next_prompt(owner, "t0", 3, 1))
+    assert owner.run()["t1"].started[0].num_in_hbm == 64
+    _check(owner, "t1")
+
+
+def test_a_running_turn_whose_text_is_forgotten_leaves_nothing() -> None:
+    owner = _owner()
+    owner.add("t0", PROMPT, replace(GREEDY, max_new_tokens=30))
+    while len(owner.results["t0"].tokens) < 3:
+        owner.step()
+    offered = len(owner.store.chunks)
+    owner.engine.forget(_keys(owner, PROMPT)[-1:])  # of its prompt's end, inside the chunk that it is writing
+    owner.run()
+    _check(owner, "t0")
+    assert len(owner.store.chunks) == offered
+    assert owner.engine.stats()["chunks_kept"] == 4, "what is in front of that"
+    owner.engine.check()
+
+
+def test_what_is_on_offer_is_forgotten_too() -> None:
+    engine = make_engine(loaded("llama"), keep_finished=True)
+    root = engine.loaded.key_space().root()
+    engine.add(Request(turn_id="t", token_ids=PROMPT, sampling=SamplingParams(max_new_tokens=1), root=root))
+    while engine.has_work:
+        engine.step()
+    chunks = {chunk.header.start: chunk.header.key for chunk in engine.ready_chunks()}
+    assert sorted(chunks) == [0, 16, 32, 48, 64]
+    engine.forget([chunks[16]])
+    engine.step()
+    engine.take_chunk(chunks[0])
+    for start in (16, 32, 48, 64):
+        with pytest.raises(KeyError):
+            engine.take_chunk(chunks[start])
+    assert engine.kept(chunks.values()) == [chunks[0]]
+    engine.close()

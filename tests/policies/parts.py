@@ -81,6 +81,8 @@ class ReplicaSim:
     spec: m.ReplicaReady
     jobs: dict[str, Job] = field(default_factory=dict)
     buffer: dict[str, m.ChunkInfo] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)  # by a Forget: a Save of these finds nothing
+    is_closing: bool = False
     life: int = 0
     is_alive: bool = True
 
@@ -96,6 +98,19 @@ class Talk:
     attempt: int = 0
     num_turns: int = 0
     num_done: int = 0
+    is_deleted: bool = False
+
+
+@dataclass
+class Deletion:
+    """What may be nowhere any more, once everything is at rest. Void when somebody else saves the like anew."""
+
+    session_id: str
+    until: float
+    marks: set[str]
+
+    def covers(self, info: m.ChunkInfo) -> bool:
+        return info.parent in self.marks or any(mark.key in self.marks for mark in info.marks)
 
 
 @dataclass

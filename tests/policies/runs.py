@@ -9,6 +9,15 @@ from policies.catalog import CopyState
 from tests.policies.parts import ReplicaSim, StoreSim
 from tests.policies.world import World
 
+_NOTHING_AT_REST = (
+    "turns_waiting",
+    "turns_running",
+    "leases",
+    "offers_pending",
+    "sessions_expected",
+    "sessions_pinned",
+    "chunks_deleting",
+)
 PATIENCE_S = 1000.0
 QUIET_S = 200.0  # longer than every duration of the configs in use
 LOSABLE = (m.ChunksSaved, m.ChunkFetched, m.ChunkDemoted, m.ChunkDropped, m.CommandFailed, m.TurnStarted, m.ChunksReady)
@@ -80,6 +89,12 @@ def _surprise(world: World) -> None:
     surprises: list[Callable[[], None]] = [lambda: None]
     if waiting:
         surprises.append(lambda: world.hang_up(world.choices.pick(waiting)))
+    if world.talks:
+        deeds = (world.expect, world.pin, world.expire, world.delete)
+        surprises += [lambda deed=deed: deed(world.choices.pick(world.talks)) for deed in deeds]  # type: ignore[misc]
+    replica = world.choices.pick(world.replicas)
+    if not world.setup.is_reliable or any(not other.is_closing for other in world.replicas if other is not replica):
+        surprises.append(lambda: world.close(replica))
     if not world.setup.is_reliable:
         surprises += [
             lambda: _lose_store(world, world.choices.pick(world.stores)),
@@ -124,7 +139,7 @@ def _lose_replica(world: World, replica: ReplicaSim) -> None:
 
 def _restart_replica(world: World, replica: ReplicaSim) -> None:
     _stop_replica(world, replica)
-    replica.is_alive = True
+    replica.is_alive, replica.is_closing = True, False
     world.hear(replica.spec)
 
 
@@ -133,6 +148,7 @@ def _stop_replica(world: World, replica: ReplicaSim) -> None:
     world.recall(replica.spec)
     replica.life += 1
     replica.buffer.clear()
+    replica.forgotten.clear()
     talks = [job.talk for turn_id, job in replica.jobs.items() if job.is_wanted]
     replica.jobs.clear()
     for talk in talks:
@@ -158,8 +174,16 @@ def settle(world: World) -> None:
         if not store.is_alive:
             _restart_store(world, store)
     for replica in world.replicas:
-        if not replica.is_alive:
+        if not replica.is_alive or (replica.is_closing and not world.setup.is_reliable):
             _restart_replica(world, replica)
+    _rest(world)
+    if not world.setup.is_reliable and world.deletions:  # what nobody knew of is told by an inventory
+        for store in world.stores:
+            world.hear(world.joined(store))
+        _rest(world)
+
+
+def _rest(world: World) -> None:
     quiet_since, patience = world.now, world.now + PATIENCE_S
     while world.now < quiet_since + QUIET_S:
         _exchange(world)
@@ -192,7 +216,7 @@ def check_rest(world: World) -> None:
     waiting = [talk.turn.turn_id for talk in world.talks if talk.turn is not None]
     assert not waiting, f"never answered: {waiting}"
     figures = world.scheduler.snapshot()
-    for name in ("turns_waiting", "turns_running", "leases", "offers_pending"):
+    for name in _NOTHING_AT_REST:
         assert figures[name] == 0, f"{name}: {figures[name]}"
     assert all(tier["reserved_bytes"] == 0 for tier in figures["tiers"].values())
     catalog = world.scheduler.board.catalog
@@ -200,6 +224,8 @@ def check_rest(world: World) -> None:
     assert states <= {CopyState.RESIDENT}, states
     assert not world.scheduler.board.failed, "failures are forgiven in time"
     assert not any(replica.stale or replica.queued for replica in world.scheduler.board.fleet.replicas.values())
+    assert not figures["incoming"]
+    _check_deletions(world)
     if world.setup.is_reliable:
         believed = {(place.node_id, place.tier): set(chunks) for place, chunks in catalog.at.items() if chunks}
         stored = {
@@ -210,3 +236,13 @@ def check_rest(world: World) -> None:
         }
         assert believed == stored
         assert not world.refusals, dict(world.refusals)
+
+
+def _check_deletions(world: World) -> None:
+    """No tier of any node holds a chunk that was deleted, as far as its deletion can still be remembered."""
+    can_tell = world.setup.is_reliable or world.setup.config.ghosts > 100
+    for deletion in world.deletions if can_tell else ():
+        for store in world.stores:
+            for tier, content in store.content.items():
+                found = [key for key, info in content.items() if deletion.covers(info)]
+                assert not found, f"{found} of {deletion.session_id} are still in {tier} of {store.node_id}"

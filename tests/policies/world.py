@@ -13,8 +13,10 @@ from collections import Counter
 from policies import messages as m
 from policies.places import SHARED
 from policies.scheduler import Scheduler
-from tests.policies.parts import Choices, Job, ReplicaSim, Setup, StoreSim, Talk, Task
-from tests.policies.texts import C, Tokens, chunk_of, tokens_of, turn_of
+from tests.policies.parts import Choices, Deletion, Job, ReplicaSim, Setup, StoreSim, Talk, Task
+from tests.policies.texts import C, Tokens, chunk_of, marks_of, tokens_of, turn_of
+
+NUM_SYSTEM = 6  # tokens of the system prompt, which all conversations share
 
 
 class World:
@@ -28,6 +30,7 @@ class World:
         self.tasks: list[Task] = []
         self.mail: list[m.Event] = []
         self.talks: list[Talk] = []
+        self.deletions: list[Deletion] = []
         self.stores = [self._make_store(f"n{number}") for number in range(setup.num_nodes)]
         self.replicas = [self._make_replica(number) for number in range(setup.num_replicas)]
         self.refusals: Counter[str] = Counter()  # commands a store could not carry out
@@ -68,10 +71,21 @@ class World:
     # --- the scheduler ------------------------------------------------------------------------------------------------
 
     def hear(self, event: m.Event) -> None:
+        if isinstance(event, m.ChunksReady):
+            self._void_deletions(event)
         for command in self.scheduler.handle(event, self.now):
             self._take(command)
         self.scheduler.check()
         self._check_stores()
+
+    def _void_deletions(self, event: m.ChunksReady) -> None:
+        """What others offer, or the session after a while, may be saved again."""
+        self.deletions = [
+            one
+            for one in self.deletions
+            if (one.session_id == event.session_id and self.now < one.until)
+            or not any(one.covers(info) for info in event.chunks)
+        ]
 
     def _check_stores(self) -> None:
         for store in self.stores:
@@ -86,7 +100,7 @@ class World:
                 assert talk is not None, "a turn nobody waits for was dispatched"
                 self._check_plan(talk, command)
                 attempt, life = talk.attempt, self._replica(command.replica_id).life
-            case m.Cancel() | m.Decline():
+            case m.Cancel() | m.Decline() | m.Forget():
                 life = self._replica(command.replica_id).life
             case m.Save() | m.Fetch() | m.Demote() | m.Drop():
                 life = self._store(command.node_id).life
@@ -102,6 +116,7 @@ class World:
             assert step.start % C == 0
             position += step.num_tokens
             stored = tokens_of(step.chunk)
+            assert not self.scheduler.board.catalog.chunks[step.chunk].is_doomed, "deleted chunks are not read any more"
             assert position <= len(stored)
             assert stored[:position] == prompt[:position], "other tokens than the prompt's"
             node_id = self._replica(command.replica_id).spec.node_id
@@ -134,11 +149,22 @@ class World:
                 for key in command.chunks if replica.life == task.life else ():
                     replica.buffer.pop(key, None)
                 return []
+            case m.Forget():
+                self._forget(self._replica(command.replica_id), command, task)
+                return []
             case _:
                 store = self._store(command.node_id)
                 if store.life != task.life or not store.is_alive:
                     return [m.CommandFailed(command=command, reason="its node is gone")]
                 return self._work_at(store, command)
+
+    def _forget(self, replica: ReplicaSim, command: m.Forget, task: Task) -> None:
+        marks = set(command.marks)
+        for key, info in list(replica.buffer.items()) if replica.life == task.life else ():
+            if info.parent in marks or any(mark.key in marks for mark in info.marks):
+                marks.add(key)
+                replica.forgotten.add(key)
+                del replica.buffer[key]
 
     def _work_at(self, store: StoreSim, command: m.Command) -> list[m.Event]:
         node_id = store.node_id
@@ -193,7 +219,11 @@ class World:
         return events
 
     def refuse(self, command: m.Command, reason: str) -> m.CommandFailed:
-        self.refusals[f"{type(command).__name__}: {reason}"] += 1
+        is_forgotten = isinstance(command, m.Save) and any(
+            info.key in self._replica(command.replica_id).forgotten for info in command.chunks
+        )
+        if not is_forgotten:
+            self.refusals[f"{type(command).__name__}: {reason}"] += 1
         return m.CommandFailed(command=command, reason=reason)
 
     def has_died(self, task: Task) -> bool:
@@ -275,18 +305,18 @@ class World:
 
     def speak(self) -> None:
         """A conversation goes on, or a new one begins: afresh, or where another one is."""
-        silent = [talk for talk in self.talks if talk.turn is None and len(talk.tokens) < 40]
+        silent = [talk for talk in self.talks if talk.turn is None and not talk.is_deleted and len(talk.tokens) < 40]
         if silent and not self.choices.once_in(3):
             talk = self.choices.pick(silent)
         else:
             name = len(self.talks) + 1
-            others = [other for other in self.talks if other.tokens]
+            others = [other for other in self.talks if other.tokens and not other.is_deleted]
             if others and self.choices.once_in(3):
                 other = self.choices.pick(others)
                 talk = Talk(name, other.tokens[: 1 + self.choices.below(len(other.tokens))], list(other.cuts))
                 talk.cuts.append(len(talk.tokens))
             else:
-                talk = Talk(name, tuple(range(6)), [6])  # a system prompt
+                talk = Talk(name, tuple(range(NUM_SYSTEM)), [NUM_SYSTEM])
             self.talks.append(talk)
         length = len(talk.tokens) + 1 + self.choices.below(7)
         talk.tokens += tuple(talk.name * 1000 + position for position in range(len(talk.tokens), length))
@@ -317,6 +347,35 @@ class World:
         self._withdraw(talk)
         turn_id, talk.turn = talk.turn.turn_id, None
         self.hear(m.TurnCancelled(turn_id))
+
+    # --- administration -----------------------------------------------------------------------------------------------
+
+    def expect(self, talk: Talk) -> None:
+        turn = turn_of("soon", talk.tokens, session_id=f"s{talk.name}", cuts=talk.cuts)
+        self.mail.append(m.SessionExpected(turn=turn, seconds=self.choices.pick((10.0, 0.0, 1.0, 100.0))))
+
+    def pin(self, talk: Talk) -> None:
+        marks = marks_of(talk.tokens, talk.cuts)
+        seconds = self.choices.pick((10.0, 0.0, 1.0, 100.0))
+        self.mail.append(m.SessionPinned(session_id=f"s{talk.name}", prompt=marks, seconds=seconds))
+
+    def expire(self, talk: Talk) -> None:
+        self.mail.append(m.SessionExpired(session_id=f"s{talk.name}", prompt=marks_of(talk.tokens, talk.cuts)))
+
+    def delete(self, talk: Talk) -> None:
+        """The conversation is over for good; its client knows. The system prompt stays."""
+        if talk.turn is not None:
+            self._withdraw(talk)
+            talk.turn = None
+        talk.is_deleted = True
+        session_id, seconds = f"s{talk.name}", self.choices.pick((60.0, 600.0))
+        marks = tuple(mark for mark in marks_of(talk.tokens, talk.cuts) if mark.end > NUM_SYSTEM)
+        self.deletions.append(Deletion(session_id, self.now + seconds, {mark.key for mark in marks}))
+        self.hear(m.SessionDeleted(session_id=session_id, prompt=marks, seconds=seconds))
+
+    def close(self, replica: ReplicaSim) -> None:
+        replica.is_closing = True
+        self.hear(m.ReplicaClosing(replica.spec.replica_id))
 
     def _withdraw(self, talk: Talk) -> None:
         """What is on its way of this attempt is not heard any more."""

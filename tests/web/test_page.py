@@ -402,12 +402,16 @@ FOCUSABLE = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast(visit, scheme):
     one = visit(color_scheme=scheme)
-    one.page.route(STREAM, lambda route: route.fulfill(**streamed("# A\n\n> b\n\n`c` [d](https://e.f)\n\n```py\ng\n```")))
+    one.page.route(
+        STREAM, lambda route: route.fulfill(**streamed("# A\n\n> b\n\n`c` [d](https://e.f)\n\n```py\ng\n```"))
+    )
     one.page.fill("#message", "Hello")
     one.page.click("#send")
     one.page.wait_for_selector(".assistant:not(.running)")
-    one.page.evaluate("import('/web/strip.js').then(m => new m.Strip().update(['hbm', 'dram', 'ssd', 'object', null]"
-                      ".map((tier, i) => ({start: i, end: i + 1, bytes: 9, tiers: tier ? [tier] : []}))))")
+    one.page.evaluate(
+        "import('/web/strip.js').then(m => new m.Strip().update(['hbm', 'dram', 'ssd', 'object', null]"
+        ".map((tier, i) => ({start: i, end: i + 1, bytes: 9, tiers: tier ? [tier] : []}))))"
+    )
     one.page.evaluate("document.querySelector('#strip-view').hidden = false")
     found = one.page.evaluate(CONTRASTS)
     assert len(found) > 20
