@@ -56,12 +56,12 @@ class Administration:
         """Runs of tokens up to each chunk boundary, and the history's end; `tiers` is empty where nothing is kept."""
         size = self.connection.model.chunk_tokens
         found = await self._where([mark.key for mark in session.marks])
-        tails = session.marks[-2:]  # of the last token there is no KV
-        ends = [mark for mark in session.marks if mark.end % size == 0 or mark in tails]
+        num_computed = session.num_tokens - 1  # the KV of the last token comes with the next turn
+        ends = [mark for mark in session.marks if mark.end % size == 0 or mark.end == num_computed]
         in_hbm = await self.connection.kept([mark.key for mark in session.marks])
         kept_ends = {mark.end for mark in session.marks if mark.key in in_hbm}
         rows: list[dict[str, Any]] = []
-        for start in range(0, session.num_tokens, size):
+        for start in range(0, num_computed, size):
             inside = [mark.end for mark in ends if start < mark.end <= start + size]
             if not inside:
                 continue
@@ -205,5 +205,5 @@ def cluster_view(
         "num_waiting": scheduler.get("turns_waiting", 0),
         "num_running": scheduler.get("turns_running", 0),
         "sessions_expected": scheduler.get("sessions_expected", 0),
-        "fetches_in_flight": scheduler.get("fetches_in_flight", 0),
+        "fetches_in_flight": sum(states.get("fetching", 0) for states in scheduler.get("incoming", {}).values()),
     }

@@ -79,7 +79,7 @@ class Keeper:
 
     async def _is_busy(self) -> bool:
         stats = await asyncio.to_thread(self._cluster.scheduler_stats)
-        busy = ("turns_running", "turns_waiting", "offers_pending", "copies_incoming")
+        busy = ("turns_running", "turns_waiting", "offers_pending", "incoming")
         return any(stats.get(name) for name in busy)
 
     def close(self) -> None:

@@ -138,11 +138,12 @@ _SCHEDULER = {
     "leases": ("num_leases", "Pins on chunks that dispatched turns restore."),
     "offers_pending": ("num_offers_pending", "Computed chunks that wait for bytes in DRAM to be saved."),
     "sessions_expected": ("num_sessions_expected", "Sessions announced to speak soon."),
-    "fetches_in_flight": ("num_fetches_in_flight", "Chunks on their way up into DRAM."),
-    "copies_incoming": ("num_copies_incoming", "Copies that are being saved, fetched or demoted."),
+    "sessions_pinned": ("num_sessions_pinned", "Sessions whose chunks are kept until a time."),
+    "chunks_deleting": ("num_chunks_deleting", "Chunks of deleted sessions that have not left every tier yet."),
     "replicas": ("num_replicas", "Replicas that take turns."),
     "nodes": ("num_nodes", "Nodes with a store."),
 }
+_INCOMING = ("num_copies_incoming", "Copies on their way into a tier: saving, fetching, demoting.")
 _PLACES = {
     "used_bytes": ("tier_used_bytes", "Bytes of copies in a tier."),
     "reserved_bytes": ("tier_reserved_bytes", "Bytes reserved in a tier for copies that are coming."),
@@ -229,6 +230,9 @@ def _add_scheduler(families: _Families, stats: Mapping[str, Any]) -> None:
         node, _, tier = place.rpartition("/")
         for key, (name, words) in _PLACES.items():
             families.add(name, words, figures[key], {"node": node, "tier": tier})
+    for node, states in stats.get("incoming", {}).items():
+        for state, count in states.items():
+            families.add(*_INCOMING, count, {"node": node, "state": state})
     for counted, value in stats.get("counters", {}).items():
         kind, _, what = counted.partition(".")
         if kind in _COUNTERS:

@@ -61,10 +61,11 @@ async function remove(id) {
   const wasAnswered = nodes.some((node) => node.role === "assistant");
   const shallGo = await askToDelete(title || "Untitled", async () => {
     turns.stop(id);
+    memory.leave(id);
     if (wasAnswered) await api.remove(id).catch((error) => error.status === 404 || Promise.reject(error));
   });
-  if (!shallGo) return;
-  store.remove(id);
+  if (shallGo) store.remove(id);
+  memory.leave(null);
   byId("new-conversation").focus();
 }
 
@@ -114,6 +115,7 @@ byId("close-conversations").addEventListener("click", () => {
   toggleList(false);
   byId("open-conversations").focus();
 });
+byId("chat").addEventListener("pointerdown", () => toggleList(false));
 byId("conversations").addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || !document.body.hasAttribute("data-list")) return;
   toggleList(false);

@@ -5,7 +5,8 @@ import { causeName, count, milliseconds, sum, TIERS, tierLetter, tierName, times
 
 /** Shows a turn's figures, as the server's usage or its description of a session tells them. */
 export function showFigures(node, figures) {
-  const reused = TIERS.filter((tier) => figures.reused?.[tier]).map((tier) => [tier, figures.reused[tier]]);
+  const reused = Object.entries(figures.reused ?? {}).filter(([, number]) => number);
+  reused.sort(([a], [b]) => TIERS.indexOf(a) - TIERS.indexOf(b));
   const recomputed = Object.entries(figures.recomputed ?? {}).filter(([, number]) => number);
   show(node, speed(figures), bar(reused, sum(figures.recomputed)), origins(reused, recomputed), aside(figures));
 }
@@ -16,19 +17,25 @@ export function summary(figures) {
   return `${count(reused)} of ${count(reused + sum(figures.recomputed))} tokens reused`;
 }
 
-function speed({ ttft_ms: real, ttft_without_reuse_ms: without }) {
+function speed({ reused, ttft_ms: real, ttft_without_reuse_ms: without }) {
   if (typeof real !== "number") return el("p", { class: "note" }, "No first word was timed.");
-  if (typeof without !== "number") return el("p", {}, `First word after ${milliseconds(real)}`);
-  const ratio = without / Math.max(real, 0.001);
+  if (typeof without !== "number" || !sum(reused)) {
+    return el("p", { class: "headline figures" }, "First word after ", el("strong", {}, milliseconds(real)));
+  }
   const longest = Math.max(real, without, 0.001);
-  const headline = ratio >= 1.05 ? [el("strong", {}, `${times(ratio)}×`), " sooner"] : [el("strong", {}, "as soon"), " as without reuse"];
   return el(
     "div",
     { class: "speed" },
-    el("p", { class: "headline figures" }, headline),
+    el("p", { class: "headline figures" }, headline(without / Math.max(real, 0.001))),
     compared("First word after", real, longest, true),
     compared("Without reuse, about", without, longest, false),
   );
+}
+
+function headline(ratio) {
+  if (ratio >= 1.05) return [el("strong", {}, `${times(ratio)}×`), " sooner"];
+  if (ratio > 0.95) return [el("strong", {}, "As soon"), " as without reuse"];
+  return [el("strong", {}, `${times(1 / ratio)}×`), " later than without reuse"];
 }
 
 function compared(label, value, longest, isOurs) {

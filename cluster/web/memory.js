@@ -13,6 +13,7 @@ const FIRST_LOOK_MS = 300; // the server notes a turn just after its answer has 
 const BUSY_MS = 2000;
 const IDLE_MS = 10_000;
 const BUSY_LOOKS = 8;
+const PATIENT_LOOKS = 3; // a busy server may note a turn late
 const PIN_S = 600;
 
 export class Memory {
@@ -26,6 +27,8 @@ export class Memory {
   #narrow = matchMedia("(max-width: 700px)");
   #shown = null;
   #session = null;
+  #drawnFigures = "";
+  #leaving = null;
   #timer = 0;
   #looks = 0;
   #controller = null;
@@ -67,6 +70,13 @@ export class Memory {
     this.#showFigures();
   }
 
+  /** Asks nothing of this conversation: it is being deleted. null: of any again. */
+  leave(id) {
+    this.#leaving = id;
+    if (id !== null) this.#controller?.abort();
+    else this.#soon(0);
+  }
+
   // --- whether anybody looks ------------------------------------------------------------------------------------------
 
   get #isSeen() {
@@ -92,7 +102,7 @@ export class Memory {
   async #look() {
     const conversation = this.#store.open;
     const isKnown = conversation.nodes.some((node) => node.figures);
-    if (!this.#isSeen || !isKnown) return;
+    if (!this.#isSeen || !isKnown || conversation.id === this.#leaving) return;
     this.#controller?.abort();
     this.#controller = new AbortController();
     const { signal } = this.#controller;
@@ -101,10 +111,9 @@ export class Memory {
       if (!signal.aborted && conversation.id === this.#shown) this.#showSession(session);
     } catch (error) {
       if (signal.aborted) return;
-      if (error.status >= 400 && error.status < 500) {
-        this.#showSession(null, error.status === 404 ? "The server no longer knows this conversation." : "");
-        return; // until the next turn
-      }
+      const isUnknown = error.status === 404 && this.#looks >= PATIENT_LOOKS;
+      if (isUnknown) this.#showSession(null, "The server no longer knows this conversation.");
+      if (isUnknown || error.status === 401 || error.status === 403) return; // until the next turn
     }
     this.#looks += 1;
     clearTimeout(this.#timer);
@@ -145,7 +154,9 @@ export class Memory {
     const figures = answers.at(-1)?.figures ?? (answers.length ? this.#session?.last : null);
     byId("last-turn").hidden = !figures;
     setText(byId("memory-summary"), figures ? summary(figures) : "");
-    if (figures) showFigures(byId("last-figures"), figures);
+    const drawing = JSON.stringify(figures);
+    if (figures && drawing !== this.#drawnFigures) showFigures(byId("last-figures"), figures);
+    this.#drawnFigures = drawing;
   }
 
   #showCluster(view) {

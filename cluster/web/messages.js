@@ -14,7 +14,8 @@ export class Messages {
   #scroller = byId("scroller");
   #bodies = new Map(); // of answers, by their node: rendered once
   #shown = null;
-  #editing = null;
+  #drawn = "";
+  #editing = null; // {node, form}
   #growing = null;
   #frame = 0;
   #stays = true; // at the end, however the room for the messages changes
@@ -39,14 +40,17 @@ export class Messages {
       this.#bodies.clear();
       this.#editing = null;
       this.#shown = conversation.id;
+      this.#drawn = "";
     }
     const stays = isOther || this.#stays;
     const branch = path(conversation);
     const run = this.#turns.running(conversation.id);
     const failure = this.#turns.failure(conversation.id);
     const running = run && branch.at(-1)?.id === run.question ? this.#answering(run) : null;
+    if (!this.#hasChanged(conversation, run, failure)) return;
     const failed = failure && branch.slice(-2).some((node) => node.id === failure.question);
     const isUnanswered = branch.at(-1)?.role === "user";
+    const restore = this.#rememberFocus();
     show(
       this.#list,
       branch.map((node) => this.#article(conversation, node, node === branch.at(-1), Boolean(run))),
@@ -54,6 +58,7 @@ export class Messages {
       run ? null : failed ? this.#failure(branch.at(-1), failure.message, "alert") : null,
       run || failed || !isUnanswered ? null : this.#failure(branch.at(-1), "No answer yet.", "status"),
     );
+    restore();
     byId("welcome").hidden = branch.length > 0;
     if (stays) this.scrollToEnd();
     byId("to-end").hidden = this.#isAtEnd;
@@ -64,12 +69,31 @@ export class Messages {
     this.#scroller.scrollTop = this.#scroller.scrollHeight;
   }
 
+  /** Other conversations change too: what a reader has selected or typed here stays then. */
+  #hasChanged({ id, leaf, nodes }, run, failure) {
+    const drawing = JSON.stringify([id, leaf, nodes.length, run?.question, failure?.message, this.#editing?.node]);
+    const hasChanged = drawing !== this.#drawn;
+    this.#drawn = drawing;
+    return hasChanged;
+  }
+
+  /** Returns what brings the focus back to the button that had it, in the message as it is drawn then. */
+  #rememberFocus() {
+    const focused = document.activeElement;
+    const node = this.#list.contains(focused) ? focused.closest("[data-node]")?.dataset.node : undefined;
+    return () => {
+      if (node === undefined || focused.isConnected) return;
+      const buttons = [...this.#list.querySelectorAll(`[data-node="${node}"] .tools button`)];
+      (buttons.find((button) => button.textContent === focused.textContent) ?? this.#scroller).focus();
+    };
+  }
+
   // --- one message ----------------------------------------------------------------------------------------------------
 
   #article(conversation, node, isLast, isRunning) {
     const isUser = node.role === "user";
     const name = isUser ? "You" : "Answer";
-    if (this.#editing === node.id) return this.#editor(node);
+    if (this.#editing?.node === node.id) return this.#editing.form;
     const tools = el("div", { class: "tools" }, this.#branches(conversation, node, isRunning));
     if (isUser) tools.append(tool("Edit", isRunning, () => this.#edit(node)));
     else tools.append(copyTool(node.content));
@@ -119,7 +143,7 @@ export class Messages {
   // --- editing --------------------------------------------------------------------------------------------------------
 
   #edit(node) {
-    this.#editing = node.id;
+    this.#editing = { node: node.id, form: this.#editor(node) };
     this.update();
     this.#list.querySelector("form textarea")?.focus();
   }
@@ -164,7 +188,7 @@ export class Messages {
     const body = el("div", { class: "body prose" });
     this.#growing = new Growing(body);
     this.#growing.update(run.text);
-    const waiting = run.text ? null : el("p", { class: "note waiting" }, "Thinking…");
+    const waiting = run.text ? null : el("p", { class: "note waiting" }, "Waiting for the first word…");
     return el("article", { class: "message assistant running", "aria-label": "Answer", "aria-busy": "true" }, waiting, body);
   }
 

@@ -44,7 +44,7 @@ export class Turns extends EventTarget {
     }
     this.#running.delete(id);
     const isAnswer = run.text || run.extra.finish === "stop" || run.extra.finish === "length";
-    if (isAnswer && this.#store.get(id)) this.#keep(id, run);
+    if (isAnswer && !run.isKept && this.#store.get(id)) this.#keep(id, run);
     this.#fire("end", id);
   }
 
@@ -76,7 +76,9 @@ export class Turns extends EventTarget {
   /** The page is being left: what has come so far is kept. */
   #keepAll() {
     for (const [id, run] of this.#running) {
-      if (run.text && this.#store.get(id)) this.#keep(id, { ...run, extra: { finish: "stopped" } });
+      if (!run.text || run.isKept || !this.#store.get(id)) continue;
+      run.isKept = true;
+      this.#keep(id, { ...run, extra: { finish: "stopped" } });
     }
   }
 

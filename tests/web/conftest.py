@@ -56,6 +56,12 @@ class Visit:
     url: str
     complaints: list[str] = field(default_factory=list)
 
+    def hear(self, line: Any) -> None:
+        """Errors and warnings of the console. A turn just answered may not be noted yet: that is a 404, and asked again."""
+        is_early = "404" in line.text and "/reprise/v1/conversations/" in line.location.get("url", "")
+        if line.type in ("error", "warning") and not is_early:
+            self.complaints.append(line.text)
+
     def say(self, text: str) -> str:
         """Sends a message; the answer when it is complete."""
         self.page.fill("#message", text)
@@ -97,7 +103,7 @@ def visit(chromium: Any, served: Served) -> Iterator[Any]:
         page.set_default_timeout(15_000)
         one = Visit(page, served.url)
         page.on("pageerror", lambda error: one.complaints.append(f"error: {error}"))
-        page.on("console", lambda line: one.complaints.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("console", one.hear)
         page.goto(served.url)
         visits.append(one)
         return one

@@ -168,6 +168,23 @@ def test_an_edit_makes_a_branch(visit):
     assert len(one.stored()[0]["nodes"]) == 4
 
 
+def test_an_edit_is_not_disturbed_by_another_answer(visit):
+    one = visit()
+    one.say("One")
+    one.page.click("#new-conversation")
+    one.set_max_tokens(150)
+    one.page.fill("#message", "Two")
+    one.page.click("#send")
+    one.page.click("#conversation-list .open >> text=One")
+    one.page.locator(".user >> text=Edit").click()
+    one.page.keyboard.type(" and a half")
+    one.page.wait_for_function("() => !document.querySelector('#conversation-list [data-running]')")
+    assert one.page.input_value(".editing textarea") == "One and a half"
+    assert one.page.evaluate("document.activeElement.closest('.editing') !== null")
+    one.page.keyboard.press("Escape")
+    assert one.questions() == ["One"]
+
+
 def test_retry_keeps_the_earlier_answer(visit):
     one = visit()
     one.say("Hello")
@@ -267,12 +284,14 @@ def new_tenant(file: Path) -> str:
     return output.getvalue().strip()
 
 
-@pytest.mark.parametrize("damage", ["{", "null", "[1]", '{"id": 3}', '{"id": "x", "nodes": [{"id": 1}, null, 7]}'])
-def test_damaged_storage_costs_only_what_is_damaged(visit, damage):
+def test_damaged_storage_costs_only_what_is_damaged(visit):
     one = visit()
     one.say("Hello")
-    one.page.evaluate("text => localStorage['reprise.conversation.x'] = localStorage['reprise.open'] = text", damage)
-    one.page.evaluate("text => localStorage['reprise.settings'] = text", damage)
+    damages = ["", "{", "null", "[1]", "7", '{"id": 3}', '{"id": "x", "nodes": [{"id": 1}, null, 7]}']
+    for number, damage in enumerate(damages):
+        one.page.evaluate("([name, text]) => localStorage[name] = text", [f"reprise.conversation.{number}", damage])
+    for name in ("open", "settings"):
+        one.page.evaluate("([name, text]) => localStorage[name] = text", [f"reprise.{name}", "{"])
     one.page.reload()
     assert one.page.locator("#conversation-list .open").all_inner_texts() == ["Hello"]
     one.say("Still here?")
