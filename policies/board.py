@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from policies.candidates import Candidates
 from policies.catalog import Catalog, Chunk, Copy, CopyState
 from policies.fleet import Fleet
-from policies.messages import ChunkKey, Command, NodeId, RestorePlan, SchedulerConfig
+from policies.messages import Cause, ChunkKey, Command, NodeId, RestorePlan, SchedulerConfig
 from policies.ordered import SortedKeys
 from policies.outlook import Outlook, sessions_in
 from policies.places import Place
@@ -65,6 +65,20 @@ class Board:
             self.counters[f"reused.{step.tier}"] += step.num_tokens
         for cause, num_tokens in plan.recomputed:
             self.counters[f"recomputed.{cause}"] += num_tokens
+
+    def note_read(self, copy: Copy) -> None:
+        """A turn is about to read this copy. The first that reads a fetched one tells how early the fetch was."""
+        if copy.fetched_at is not None:
+            self.counters["fetched.used"] += 1
+            self.counters["fetched.lead_ms"] += round(1000 * (self.now - copy.fetched_at))
+            copy.fetched_at = None
+
+    def note_drop(self, copy: Copy, cause: Cause) -> None:
+        """This copy leaves. A fetched one that nobody has read was fetched in vain."""
+        self.counters[f"dropped.{cause}"] += 1
+        if copy.fetched_at is not None:
+            self.counters["fetched.unused"] += 1
+            copy.fetched_at = None
 
     def outlook(self) -> Outlook:
         """The figures policies may see, as of this event."""

@@ -52,6 +52,7 @@ class Copy:
     deadline: float = 0.0  # of the command under way: when it is taken as failed (or a Drop is repeated)
     source: Copy | None = None  # what a Fetch or Demote reads
     replica_id: ReplicaId | None = None  # whose write buffer a Save reads
+    fetched_at: float | None = None  # raised ahead of need, or for a turn, and read by none yet
     num_readers: int = 0  # Fetches and Demotes that read this copy
     holders: set[str] = field(default_factory=set)  # owners of leases
     leaving: bool = False  # to be dropped as soon as the copy below it is written

@@ -281,8 +281,9 @@ class Dispatcher:
         )
         self._leave_queue(record)
         session = self._board.sessions.get(turn.session_id)
-        for chunk, _ in restore.reads:
+        for chunk, copy in restore.reads:
             self._catalog.use(chunk, session, self._board.now)
+            self._board.note_read(copy)
         deadline = self._board.now + self._board.config.lease_s
         self._catalog.leases.grant(turn.turn_id, restore.reads, deadline)
         self._board.timers.at(deadline, self._expire_lease, turn.turn_id, deadline)

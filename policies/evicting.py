@@ -134,6 +134,7 @@ class Evictor:
 
     def drop(self, chunk: Chunk, copy: Copy, cause: Cause) -> int:
         """Give up a resident copy; returns its bytes, which are free once the drop is confirmed."""
+        self._board.note_drop(copy, cause)
         self._catalog.condemn(chunk, copy, cause)
         self._board.changed_chunks.add(chunk.key)
         self._repeat_drop(chunk, copy)

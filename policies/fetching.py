@@ -98,6 +98,7 @@ class Fetcher:
             self._board.note_stale("ChunkFetched")
         else:
             self._catalog.arrive(chunk, copy, self._board.now)
+            copy.fetched_at = self._board.now
             self._board.changed_chunks.add(chunk.key)
             self._board.freed_nodes.add(event.node_id)
 

@@ -37,6 +37,15 @@ HEALTH_PERIOD_S, HEALTH_LIMIT_S = 10.0, 60.0
 START_SLACK_S = 60.0
 
 
+class ServedKeeper(Keeper):
+    """The keeper as Serve wants it."""
+
+    async def __del__(self) -> None:
+        """Serve calls and awaits this when the deployment is taken down."""
+        await self.drain()
+        await asyncio.to_thread(self.close)
+
+
 @serve.ingress()
 class Front:
     """One HTTP process."""
@@ -75,7 +84,7 @@ def build(config: Config) -> Application:
     """The application for `serve.run`."""
     drain_s = config.serving.drain_s
     keeper = serve.deployment(
-        Keeper,
+        ServedKeeper,
         name="keeper",
         num_replicas=1,
         max_ongoing_requests=MAX_ONGOING,

@@ -86,11 +86,6 @@ class Keeper:
         """Ends the cluster's actors."""
         self._stack.close()
 
-    async def __del__(self) -> None:
-        """Serve calls this when the deployment is taken down."""
-        await self.drain()
-        await asyncio.to_thread(self.close)
-
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     async def _keep(self) -> None:

@@ -144,6 +144,7 @@ _SCHEDULER = {
     "nodes": ("num_nodes", "Nodes with a store."),
 }
 _INCOMING = ("num_copies_incoming", "Copies on their way into a tier: saving, fetching, demoting.")
+_LEAD = ("fetch_lead_seconds_total", "From a fetched copy's arrival to the first turn that reads it; sum over copies.")
 _PLACES = {
     "used_bytes": ("tier_used_bytes", "Bytes of copies in a tier."),
     "reserved_bytes": ("tier_reserved_bytes", "Bytes reserved in a tier for copies that are coming."),
@@ -154,6 +155,8 @@ _COUNTERS = {
     "events": ("scheduler_events_total", "event", "Events heard."),
     "stale": ("scheduler_stale_events_total", "event", "Events that came late or twice and changed nothing."),
     "overdue": ("scheduler_overdue_total", "what", "Deadlines that passed: of copies by state, cancels, leases."),
+    "dropped": ("chunk_copies_dropped_total", "reason", "Copies that left a tier, by why: evicted, deleted, lost, ..."),
+    "fetched": ("fetched_copies_total", "outcome", "Fetched copies that a turn has read, or that left unread."),
     "reused": ("planned_tokens_reused_total", "tier", "Prompt tokens that restore plans load."),
     "recomputed": ("planned_tokens_recomputed_total", "cause", "Prompt tokens that restore plans leave, by why."),
 }
@@ -233,7 +236,11 @@ def _add_scheduler(families: _Families, stats: Mapping[str, Any]) -> None:
     for node, states in stats.get("incoming", {}).items():
         for state, count in states.items():
             families.add(*_INCOMING, count, {"node": node, "state": state})
-    for counted, value in stats.get("counters", {}).items():
+    counters = dict(stats.get("counters", {}))
+    lead_ms = counters.pop("fetched.lead_ms", None)
+    if lead_ms is not None:
+        families.add(*_LEAD, lead_ms / 1000, {})
+    for counted, value in counters.items():
         kind, _, what = counted.partition(".")
         if kind in _COUNTERS:
             name, label, words = _COUNTERS[kind]

@@ -270,6 +270,10 @@ class Service:
             return "the scheduler does not answer"
         if not stats["replicas"]:
             return "no replica is ready"
+        limit_s = self.section.hang_limit_s / 2
+        replicas = await self.connection.replica_stats()
+        if not any(replica["stalled_s"] < limit_s for replica in replicas):
+            return f"no engine has made a step for {limit_s:g} s"
         return None
 
     async def exposition(self) -> str:

@@ -43,6 +43,7 @@ def scheduler_stats() -> dict[str, Any]:
     found = scheduler.snapshot()
     found["counters"] |= {f"commands.{command}": 4 for command in COMMANDS}
     found["counters"] |= {f"reused.{tier}": 5 for tier in m.Tier} | {f"recomputed.{cause}": 6 for cause in m.Cause}
+    found["counters"] |= {"dropped.evicted": 3, "fetched.used": 2, "fetched.unused": 1, "fetched.lead_ms": 1500}
     found["counters"] |= {"stale.copy": 7, "overdue.saving": 8, "overdue.lease": 9, "of_a_later_version.x": 1}
     found["policy_faults"] = {"Returns.order": 2}
     found["incoming"] = {"node-a": {"saving": 1, "fetching": 2, "demoting": 3}}
@@ -296,6 +297,8 @@ def test_labels_are_few_and_name_nobody() -> None:
         "tenant",
         "tier",
         "cause",
+        "reason",
+        "outcome",
         "finished_reason",
         "endpoint",
         "status",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ ARGUMENTS = [
 ]
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+STREAM = "**/v1/chat/completions"
+LONG = "Tell me of the ships that came into the harbour, of their crews, and of what they carried. " * 4
 
 
 @pytest.fixture(scope="package")
@@ -57,7 +60,7 @@ class Visit:
     complaints: list[str] = field(default_factory=list)
 
     def hear(self, line: Any) -> None:
-        """Errors and warnings of the console. A turn just answered may not be noted yet: that is a 404, and asked again."""
+        """Errors and warnings of the console. A turn may not be noted yet just after it: a 404, and asked again."""
         is_early = "404" in line.text and "/reprise/v1/conversations/" in line.location.get("url", "")
         if line.type in ("error", "warning") and not is_early:
             self.complaints.append(line.text)
@@ -89,6 +92,21 @@ class Visit:
             ".map(key => JSON.parse(localStorage[key]))"
         )
         return found
+
+
+def streamed(*pieces: str, last: str = "data: [DONE]\n\n", **more: Any) -> dict[str, Any]:
+    """A made-up answer, for what a real model would not say."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + last
+    return {"status": 200, "content_type": "text/event-stream", "body": body, **more}
+
+
+def expect_complaint(visit: Visit, words: str) -> None:
+    """Browsers log every failed request: this one was wanted."""
+    found = [complaint for complaint in visit.complaints if words in complaint]
+    assert found, visit.complaints
+    for complaint in found:
+        visit.complaints.remove(complaint)
 
 
 @pytest.fixture
