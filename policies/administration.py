@@ -188,7 +188,7 @@ class Administrator:
         """Drop the idle copies of what was deleted."""
         for key in list(self._board.doomed):
             chunk = self._catalog.chunks.get(key)
-            if chunk is None:
+            if chunk is None or not chunk.is_doomed:
                 del self._board.doomed[key]
                 continue
             for copy in list(chunk.copies.values()):

@@ -288,7 +288,8 @@ class Saver:
                 self._supersede(shorter, chunk)
 
     def _supersede(self, shorter: Chunk, by: Chunk) -> None:
-        if shorter.start == by.start and shorter.key not in self._catalog.families and not shorter.superseded:
+        is_going = shorter.superseded or shorter.is_doomed
+        if shorter.start == by.start and shorter.key not in self._catalog.families and not is_going:
             self._catalog.supersede(shorter, by)
             self._board.superseded[shorter.key] = None
 

@@ -107,6 +107,9 @@ class Keeper:
             del self._closing[replica_id]
             await asyncio.to_thread(self._cluster.remove_replica, replica_id)
             log.warning("replica %s was not needed any more and has ended", replica_id)
+        for replica_id in self._closing:
+            if not fleet[replica_id]["closing"]:  # a scheduler that was started anew does not know
+                self._cluster.scheduler.close_replica.remote(replica_id)
         load = self._load(stats, list(fleet.values()))
         target = self._scaler.target(load, time.monotonic())
         if target > load.num_replicas:

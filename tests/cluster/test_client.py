@@ -19,7 +19,7 @@ def tokens(*ids: int) -> tuple[SampledToken, ...]:
 
 
 def test_a_preempted_turn_goes_on_with_what_it_has() -> None:
-    progress = _Progress(REQUEST, None)
+    progress = _Progress(REQUEST, None, None)
     progress.begin()
     progress.receive(Started(FIRST))
     progress.receive(Delta(tokens(7), "a"))
@@ -39,7 +39,7 @@ def test_a_preempted_turn_goes_on_with_what_it_has() -> None:
 
 
 def test_an_attempt_that_never_started_leaves_no_account() -> None:
-    progress = _Progress(REQUEST, None)
+    progress = _Progress(REQUEST, None, None)
     progress.begin()
     progress.begin()
     progress.receive(Started(FIRST))
@@ -48,7 +48,7 @@ def test_an_attempt_that_never_started_leaves_no_account() -> None:
 
 
 def test_a_failed_step_is_tried_again_a_refused_request_is_not() -> None:
-    progress = _Progress(REQUEST, None)
+    progress = _Progress(REQUEST, None, None)
     for _ in range(MAX_ATTEMPTS - 1):
         progress.begin()
         progress.receive(TurnEnd(finish_reason=FinishReason.FAILED, error="out of memory", may_retry=True))
@@ -56,12 +56,12 @@ def test_a_failed_step_is_tried_again_a_refused_request_is_not() -> None:
     with pytest.raises(TurnFailed, match="out of memory"):
         progress.receive(TurnEnd(finish_reason=FinishReason.FAILED, error="out of memory", may_retry=True))
     with pytest.raises(TurnFailed, match="too long"):
-        _Progress(REQUEST, None).receive(TurnEnd(finish_reason=FinishReason.FAILED, error="too long"))
+        _Progress(REQUEST, None, None).receive(TurnEnd(finish_reason=FinishReason.FAILED, error="too long"))
 
 
 def test_deltas_are_passed_on() -> None:
     seen: list[Delta] = []
-    progress = _Progress(REQUEST, seen.append)
+    progress = _Progress(REQUEST, seen.append, None)
     progress.receive(Delta(tokens(7), "a"))
     progress.receive(TurnEnd(finish_reason=FinishReason.STOP, text="!"))
     assert [delta.text for delta in seen] == ["a", "!"]

@@ -105,6 +105,8 @@ def _surprise(world: World) -> None:
         ]
         if waiting:
             surprises.append(lambda: world.ask_again(world.choices.pick(waiting)))
+        if world.talks:
+            surprises.append(lambda: _delete_behind_its_back(world, world.choices.pick(world.stores)))
     world.choices.pick(surprises)()
 
 
@@ -128,6 +130,15 @@ def _restart_store(world: World, store: StoreSim) -> None:
     store.is_alive = True
     world.recall(m.NodeLost(store.node_id))
     world.hear(world.joined(store))
+
+
+def _delete_behind_its_back(world: World, store: StoreSim) -> None:
+    """Nobody hears of the store while a conversation is deleted; it comes back with all that it had."""
+    if store.is_alive:
+        world.hear(m.NodeLost(store.node_id))
+        world.delete(world.choices.pick(world.talks))
+        store.life += 1
+        world.hear(world.joined(store))
 
 
 def _lose_replica(world: World, replica: ReplicaSim) -> None:

@@ -301,6 +301,20 @@ def test_what_is_under_way_arrives_and_goes() -> None:
     assert gone(commands) == gone(commands, Tier.SSD) == names(B)
 
 
+def test_the_same_text_may_be_saved_anew_while_the_deleted_chunk_is_read() -> None:
+    driver = make(dram=1000, slots=2)
+    short, long = text(1, 6), text(1, 8)
+    driver.store(short)
+    driver.submit("b/1", text(2, 8, short), cuts=[6])
+    delete(driver, short, after=4)
+    assert the(driver.offer(chunks_of(short, 4), session="b"), m.Decline).chunks == (key_of(short),)
+    driver.obey(driver.offer(chunks_of(long, 4, cuts=[6]), session="b"))
+    assert driver.figures["chunks_deleting"] == 1
+    driver.obey(driver.start("b/1"))
+    assert driver.stored() == set(names(long[:4], long))
+    assert the(driver.submit("d/1", text(3, 8, short), cuts=[6]), m.Dispatch).plan.num_reused == 6
+
+
 def test_a_drop_of_deleted_chunks_is_repeated() -> None:
     driver = make()
     driver.store(A)
