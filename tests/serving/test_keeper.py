@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,8 @@ def test_a_hung_engine_is_started_anew_and_its_turn_goes_on(keeper):
         try:
             answer = await asyncio.wait_for(turn, LIMIT_S)
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(stats["pid"], signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         assert len(answer.tokens) == 300
         assert answer.num_attempts > 1
 
