@@ -184,16 +184,13 @@ def _run_batch(options: argparse.Namespace) -> None:
     from cluster.config import load_config
     from cluster.report import render
 
-    overrides = list(options.set)
-    for field, value in (
-        ("model.path", options.model),
-        ("model.dtype", options.dtype),
-        ("cluster.num_replicas", options.replicas),
-        ("cluster.record", options.record),
-    ):
-        if value is not None:
-            overrides.append(f"{field}={json.dumps(value)}")
-    config = load_config(options.config, overrides)
+    given = {
+        "model.path": options.model,
+        "model.dtype": options.dtype,
+        "cluster.num_replicas": options.replicas,
+        "cluster.record": options.record,
+    }
+    config = load_config(options.config, options.set, given)
     console = Console(stderr=True)
     with _progress(console) as progress:
         report = run_batch(config, _batch_options(options), _ProgressListener(progress, console).listener())

@@ -167,14 +167,21 @@ class Config:
             raise ConfigError(f"cluster.record is {self.cluster.record}: name a file of the scheduler's node, no URL")
 
 
-def load_config(file: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The YAML file, if any, with `section.field=value` overrides on top.
+def load_config(
+    file: str | None = None, overrides: Sequence[str] = (), options: Mapping[str, object] | None = None
+) -> Config:
+    """The YAML file, if any, with `section.field=value` overrides on top, and `options` (by `section.field`) on these.
+
+    Options that are None were not given.
 
     Raises ConfigError for a missing or malformed file, an unknown field or a value of the wrong kind.
     """
     tree = _read_yaml(file) if file else {}
     for override in overrides:
         _apply(tree, override)
+    for name, value in (options or {}).items():
+        if value is not None:
+            _set(tree, name, value)
     return config_from(tree, where=file or "the command line")
 
 
@@ -219,9 +226,13 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    section, dot, key = name.partition(".")
-    if not (equals and dot and key):
+    if not (equals and "." in name and not name.endswith(".")):
         raise ConfigError(f"--set {override}: write section.field=value, for example store.dram_bytes=2GiB")
+    _set(tree, name, yaml.safe_load(text))
+
+
+def _set(tree: dict[str, Any], name: str, value: object) -> None:
+    section, _, key = name.partition(".")
     if tree.get(section) is None:
         tree[section] = {}
-    tree[section][key] = yaml.safe_load(text)
+    tree[section][key] = value

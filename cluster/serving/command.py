@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -52,16 +51,13 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from cluster.config import load_config
 
-    overrides = list(options.set)
-    for field, value in (
-        ("model.path", options.model),
-        ("model.dtype", options.dtype),
-        ("cluster.num_replicas", options.replicas),
-        ("serving.keys_file", options.keys),
-    ):
-        if value is not None:
-            overrides.append(f"{field}={json.dumps(value)}")
-    serve_until_interrupted(load_config(options.config, overrides), options.host, options.port)
+    given = {
+        "model.path": options.model,
+        "model.dtype": options.dtype,
+        "cluster.num_replicas": options.replicas,
+        "serving.keys_file": options.keys,
+    }
+    serve_until_interrupted(load_config(options.config, options.set, given), options.host, options.port)
 
 
 def serve_until_interrupted(config: Any, host: str, port: int) -> None:

@@ -56,6 +56,20 @@ def test_a_stream_that_is_cut_off_and_a_server_that_is_gone(visit):
     one.page.wait_for_function("() => document.querySelectorAll('.assistant:not(.running)').length === 2")
 
 
+def test_a_question_without_an_answer_is_replaced_by_the_next(visit):
+    one = visit()
+    one.page.route(STREAM, lambda route: route.abort())
+    one.page.fill("#message", "Lost")
+    one.page.click("#send")
+    one.page.wait_for_selector("#messages .failure")
+    one.page.unroute(STREAM)
+    with one.page.expect_request(STREAM) as request:
+        one.say("Next")
+    assert [message["content"] for message in request.value.post_data_json["messages"]] == ["Next"]
+    assert one.page.locator(".branches .figures").inner_text() == "2/2"
+    expect_complaint(one, "ERR_FAILED")
+
+
 def test_a_key_is_asked_for_and_others_see_no_cluster(visit, served: Served, tmp_path: Path, monkeypatch):
     keys = tmp_path / "keys.yaml"
     secret = new_tenant(keys)
@@ -66,12 +80,15 @@ def test_a_key_is_asked_for_and_others_see_no_cluster(visit, served: Served, tmp
     one.page.fill("#message", "Hello")
     one.page.click("#send")
     one.page.wait_for_selector("#ask-key >> text=not known here")
+    polled: list[str] = []
+    one.page.on("request", lambda request: polled.append(request.url) if request.url.endswith("/cluster") else None)
     one.page.fill("#key", secret)
     one.page.press("#key", "Enter")
     one.page.wait_for_selector(".assistant:not(.running)")
     assert one.page.evaluate("sessionStorage.getItem('reprise.key')") == secret
     one.page.wait_for_selector("#strip button")
     assert one.page.locator("#cluster").is_hidden()
+    assert polled == []
     expect_complaint(one, "401")
     expect_complaint(one, "403")
 
