@@ -14,8 +14,8 @@ class HistoryActor:
     def ready(self) -> None:
         """Returns when the file is open."""
 
-    def get(self, keys: list[str]) -> list[Record]:
-        return self._histories.get(keys)
+    def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
+        return self._histories.get(keys, limit)
 
     def put(self, records: list[Record]) -> None:
         self._histories.put(records)

@@ -40,6 +40,9 @@ FALLBACK_TEMPLATE = (
 )
 """For tokenizers without a chat template: `User: ...` and `Assistant: ...` on lines of their own."""
 
+MIN_SHARED_TOKENS = 16
+"""What fewer tokens cost to restore is more than they save: prompts are not cut for them."""
+
 TokenIds = tuple[int, ...]
 
 
@@ -202,7 +205,8 @@ class Transcript:
         text, exact = self._render_exact(new, messages)
         token_ids, cuts, lead = self._splice(text, exact)
         num_shared = _common(token_ids, self._chat.shared_prefix(messages))
-        cuts.add(num_shared)
+        if num_shared >= MIN_SHARED_TOKENS:
+            cuts.add(num_shared)
         agreed = _common(token_ids, self._known)
         self._asked = (new, lead, token_ids)
         return RenderedPrompt(

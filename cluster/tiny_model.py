@@ -32,6 +32,7 @@ The same arguments write the same bytes with the same versions of Python, torch,
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -146,7 +147,15 @@ def make_tiny_model(
     out.mkdir(parents=True, exist_ok=True)
     model.to(DTYPES[dtype]).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    _name_tokenizer_class(out / "tokenizer_config.json")
     return out
+
+
+def _name_tokenizer_class(file: Path) -> None:
+    """By the name that transformers 4, which many clients of a server have, knows as well."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------

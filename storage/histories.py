@@ -25,7 +25,6 @@ CREATE TABLE IF NOT EXISTS records (
 CREATE INDEX IF NOT EXISTS records_by_owner ON records (owner);
 """
 _OVERHEAD_BYTES = 200  # of a row and its index entries
-_BATCH = 500  # keys of one query
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +74,15 @@ class Histories:
                 raise OSError(f"histories are not kept: {error}") from error
             self.used_bytes = used_bytes
 
-    def get(self, keys: Sequence[str]) -> list[Record]:
-        """Everything that is there under these keys, each key's parts in the order in which they were written."""
-        rows: list[tuple[str, str, bytes, str]] = []
+    def get(self, keys: Sequence[str], limit: int | None = None) -> list[Record]:
+        """What is there under these keys, in the order in which it was written; of each key at most the newest `limit`
+        parts."""
+        query = "SELECT number, key, owner, value, part FROM records WHERE key = ? ORDER BY number DESC LIMIT ?"
+        rows: list[tuple[int, str, str, bytes, str]] = []
         with self._lock:
-            for start in range(0, len(keys), _BATCH):
-                some = keys[start : start + _BATCH]
-                marks = ",".join("?" * len(some))
-                query = f"SELECT key, owner, value, part FROM records WHERE key IN ({marks}) ORDER BY number"
-                rows += self._db.execute(query, some).fetchall()
-        return [Record(*row) for row in rows]
+            for key in dict.fromkeys(keys):
+                rows += self._db.execute(query, (key, -1 if limit is None else limit)).fetchall()
+        return [Record(*row[1:]) for row in sorted(rows)]
 
     def delete(self, owner: str) -> int:
         """Everything of this owner; how many records it were."""

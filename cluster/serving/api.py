@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from actors.wire import Delta
+from actors.wire import Delta, TurnAccount
 from cluster.client import Answer
 from cluster.serving import admin_api
 from cluster.serving.door import Door
@@ -33,12 +34,15 @@ log = logging.getLogger(__name__)
 WEB = Path(__file__).resolve().parent.parent / "web"
 ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/"})
 
+_NO_FIELD = re.compile(r"body|query|path|str|int|float|bool|list\[.*|function-.*|constrained-.*")
+"""What pydantic puts between the names of fields: places, and which of several types was tried."""
+
 router = APIRouter()
 Bodies = ChatBodies | CompletionBodies
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application of one front process."""
+def create_app(service: Service, *, names_requests: bool = True) -> FastAPI:
+    """The application of one front process. `names_requests`: nobody before it answers with `x-request-id`."""
     app = FastAPI(title="Reprise", version=service.version, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
@@ -48,7 +52,11 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(
-        Door, metrics=service.metrics, max_body_bytes=service.section.max_body_bytes, endpoints=ENDPOINTS
+        Door,
+        metrics=service.metrics,
+        max_body_bytes=service.section.max_body_bytes,
+        endpoints=ENDPOINTS,
+        names_requests=names_requests,
     )
     return app
 
@@ -144,11 +152,13 @@ async def _stream(
     head["system_fingerprint"] = service.fingerprint
     usage_field: dict[str, Any] = {"usage": None} if body.wants_usage else {}
     lengths = [0] * len(generation.jobs)
-    openings = [opening for index in range(len(lengths)) if (opening := bodies.opening(index)) is not None]
+    opened: set[int] = set()
     try:
-        for opening in openings:
-            yield sse({**head, "choices": [opening], **usage_field})
         async for index, event in generation.events():
+            opening = bodies.opening(index)
+            if opening is not None and index not in opened and not isinstance(event, TurnAccount):
+                opened.add(index)  # with the first token, not before: clients take the time of the first chunk
+                yield sse({**head, "choices": [opening], **usage_field})
             if isinstance(event, Delta):
                 yield sse({**head, "choices": [bodies.piece(index, event, lengths[index])], **usage_field})
                 lengths[index] += len(event.text)
@@ -196,6 +206,12 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+@router.get("/version")
+async def version(request: Request) -> dict[str, str]:
+    """Of this server."""
+    return {"version": service_of(request).version}
+
+
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus' text format, of all front processes."""
@@ -235,7 +251,7 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     """The first of what is wrong, by its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    path = [str(part) for part in first["loc"] if not _NO_FIELD.fullmatch(str(part))]
     field = ".".join(path) if first["type"] != "json_invalid" else ""
     what = f"{field}: {first['msg']}" if field else f"the request is not valid: {first['msg']}"
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""

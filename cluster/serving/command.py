@@ -85,8 +85,7 @@ def serve_until_interrupted(config: Any, host: str, port: int) -> None:
         _say("waiting for running turns to end ...")
         serve.delete(APPLICATION)  # gently: shutdown alone would cut the streams
     finally:
-        serve.shutdown()
-        if started_ray:
+        if started_ray:  # elsewhere Serve may have other applications
             ray.shutdown()
 
 

@@ -90,8 +90,8 @@ class HistoryShelf:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def get(self, keys: list[str]) -> list[Record]:
-        return await _ask(self._connection.state.history.get.remote(keys), [])
+    async def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
+        return await _ask(self._connection.state.history.get.remote(keys, limit), [])
 
     async def put(self, records: list[Record]) -> None:
         """RayError or TimeoutError when they are not kept."""

@@ -65,7 +65,7 @@ class Front:
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service)
+        return create_app(self.service, names_requests=False)  # Serve's proxy does
 
     async def _follow(self) -> None:
         """Hears who comes and goes, and what the other fronts have counted."""

@@ -46,17 +46,19 @@ class Door:
         metrics: Metrics,
         max_body_bytes: int,
         endpoints: frozenset[str],
+        names_requests: bool,
     ) -> None:
         """`endpoints`: the paths that have a label of their own in metrics."""
         self._app, self._metrics = app, metrics
         self._max_body_bytes = max_body_bytes
-        self._endpoints = endpoints
+        self._endpoints, self._names_requests = endpoints, names_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(scope)
+        visit = _Visit(scope, self._names_requests)
+        scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
         self._metrics.request_started(endpoint)
         try:
@@ -77,14 +79,14 @@ class Door:
 class _Visit:
     """One request's name, status and times."""
 
-    def __init__(self, scope: MutableMapping[str, Any]) -> None:
+    def __init__(self, scope: MutableMapping[str, Any], is_named: bool) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
         self.request_id = (
             given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else new_request_id()
         )
         self.status = 0
         self.facts: dict[str, Any] = {}
-        self._scope = scope
+        self._scope, self._is_named = scope, is_named
         self._began = time.monotonic()
         scope.setdefault("state", {})
         scope["state"]["request_id"] = self.request_id
@@ -95,9 +97,12 @@ class _Visit:
             if message["type"] == "http.response.start":
                 self.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = self.request_id
+                if self._is_named:
+                    headers["x-request-id"] = self.request_id
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
+            elif self._scope["method"] == "HEAD":  # answered like a GET, without its body
+                message = {**message, "body": b""}
             await send(message)
 
         return with_headers

@@ -9,6 +9,7 @@ A response that is read slowly finds several deltas of a choice waiting and gets
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
         self.on_close: Callable[[], None] = lambda: None
         """Called once, when nothing runs any more."""
-        self.num_tokens = 0
-        """Generated so far, by all choices together."""
+        self.num_tokens: Counter[int] = Counter()
+        """Generated so far, by choice."""
         self._first: tuple[int, Event] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.answers: dict[int, Answer] = {}
@@ -100,7 +101,7 @@ class Generation:
         if isinstance(event, TurnAccount):
             self.accounts[index] = event
         elif isinstance(event, Delta):
-            self.num_tokens += len(event.tokens)
+            self.num_tokens[index] += len(event.tokens)
         elif isinstance(event, Answer):
             self.answers[index] = event
         return index, event

@@ -31,6 +31,9 @@ RESTORE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
+ABORTED = "abort"  # as vLLM calls it
+
+
 class Metrics:
     """One front process's. Has a registry of its own: several may live in one process."""
 
@@ -92,6 +95,11 @@ class Metrics:
         self._drifts.inc(1 if account.recomputed.get(Cause.DRIFT) else 0)
         self._retries.inc(max(0, answer.num_attempts - 1))
         self._retried.inc(answer.retried_tokens)
+
+    def observe_abort(self, num_generated: int, tenant: str) -> None:
+        """A turn has ended without an answer: its client went, its time was over, or it failed."""
+        self._finished.labels(ABORTED).inc()
+        self._generated.labels(tenant).inc(num_generated)
 
     def request_started(self, endpoint: str) -> None:
         """`endpoint`: one of a few paths; whoever calls folds the others."""

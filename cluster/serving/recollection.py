@@ -30,7 +30,8 @@ from cluster.chat import AnsweredTurn, ChatFormat, RenderedPrompt, TokenIds, Tra
 from cluster.conversations import Message
 from storage.histories import Record
 
-BLOCK_CHARS = 512  # of a completion's text: texts that agree in so many characters meet in one bucket
+FIRST_BLOCK_CHARS, BLOCK_CHARS = 16, 512  # of completions' texts: those that agree in so many characters share a bucket
+MAX_IN_BUCKET = 512  # the newest
 MAX_IN_MEMORY = 2048  # transcripts and texts held by one front process
 
 Result = TypeVar("Result")
@@ -39,8 +40,8 @@ Result = TypeVar("Result")
 class Shelf(Protocol):
     """Where records are kept; may fail, which costs recognition and nothing else."""
 
-    async def get(self, keys: list[str]) -> list[Record]:
-        """Everything under these keys."""
+    async def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
+        """Everything under these keys, or the newest so many of each."""
 
     async def put(self, records: list[Record]) -> None:
         """Keeps these."""
@@ -123,28 +124,36 @@ class Recollection:
     # --- texts --------------------------------------------------------------------------------------------------------
 
     async def recall_text(self, scope: str, text: str, session_id: str | None) -> Recalled:
-        """A completion's prompt: the ids of the longest known text it begins with, and the rest tokenised."""
-        buckets = _buckets(scope, text)
-        records = await self._ask_shelf(list(reversed(buckets)))
-        fitting = [record for record in records if _begins(text, record.part)]
-        best = max(fitting, key=lambda record: _length(record.part), default=None)
-        length = _length(best.part) if best is not None else 0
-        owner = f"{scope}/{session_id}" if session_id else best.owner if best is not None else f"{scope}/{uuid.uuid4()}"
+        """A completion's prompt: the ids of the longest known prompt and answer it begins with, the rest tokenised."""
+        buckets = await self._ask_shelf(_buckets(scope, text))
+        ends = [(end, record) for record in buckets if (end := _end_of(record.part, text)) is not None]
+        end, known = max(ends, key=lambda pair: pair[0], default=(0, None))
+        owner = (
+            f"{scope}/{session_id}" if session_id else known.owner if known is not None else f"{scope}/{uuid.uuid4()}"
+        )
+        ids = await self._ids_of(f"{scope}/{known.part}") if known is not None else None
 
         def build() -> RenderedPrompt:
-            if best is None:
+            if ids is None:
                 return RenderedPrompt(token_ids=self.chat.tokenize_prompt(text), cuts=(), drift_at=None)
-            known = self._texts.get(f"{scope}/{best.part}") or _ids_of(best.value)
-            rest = self.chat.tokenize_after(text[length:]) if text[length:] else ()
-            return RenderedPrompt(token_ids=known + rest, cuts=(len(known),) if rest else (), drift_at=None)
+            rest = self.chat.tokenize_after(text[end:]) if text[end:] else ()
+            return RenderedPrompt(token_ids=ids + rest, cuts=(len(ids),) if rest else (), drift_at=None)
 
         return Recalled(
             session_id=owner.removeprefix(f"{scope}/"),
             prompt=await self._compute(build),
             scope=scope,
-            is_known=best is not None,
+            is_known=ids is not None,
             text=text,
         )
+
+    async def _ids_of(self, name: str) -> TokenIds | None:
+        """None where they have left meanwhile."""
+        ids = self._texts.get(name)
+        if ids is None:
+            records = await self._ask_shelf([f"text/{name}"])
+            ids = tuple(_unpack(records[-1].value)["ids"]) if records else None
+        return ids
 
     def of_ids(self, scope: str, token_ids: TokenIds, session_id: str | None) -> Recalled:
         """A completion's prompt that its client has tokenised: nothing is to be recognised, or remembered."""
@@ -160,11 +169,12 @@ class Recollection:
             return
         if recalled.transcript is None:
             assert recalled.text is not None
-            whole, ids = recalled.text + text, recalled.prompt.token_ids + self._without_end(token_ids)
-            part = _part(whole)
-            self._texts[f"{recalled.scope}/{part}"] = ids
+            ids, part = recalled.prompt.token_ids + self._without_end(token_ids), _part(recalled.text, text)
+            name = f"{recalled.scope}/{part}"
+            self._texts[name] = ids
             _trim(self._texts)
-            records = [Record(_buckets(recalled.scope, whole)[-1], owner, _pack({"ids": list(ids)}), part)]
+            index = Record(_buckets(recalled.scope, recalled.text)[-1], owner, b"", part)
+            records = [Record(f"text/{name}", owner, _pack({"ids": list(ids)})), index]
         else:
             transcript = recalled.transcript.fork()
             transcript.add_answer(token_ids, text)
@@ -187,7 +197,7 @@ class Recollection:
         return token_ids[:-1] if token_ids and token_ids[-1] in self.chat.special_ids else token_ids
 
     async def _ask_shelf(self, names: list[str]) -> list[Record]:
-        return await self._shelf.get(names) if names else []
+        return await self._shelf.get(names, MAX_IN_BUCKET) if names else []
 
     async def _compute(self, build: Callable[[], Result]) -> Result:
         work: Awaitable[Result] = asyncio.get_running_loop().run_in_executor(self._pool, build)
@@ -234,10 +244,6 @@ def _turn_of(value: bytes, asked: tuple[Message, ...]) -> AnsweredTurn:
     return AnsweredTurn(messages=asked, **fields)
 
 
-def _ids_of(value: bytes) -> TokenIds:
-    return tuple(_unpack(value)["ids"])
-
-
 def _pack(fields: dict[str, Any]) -> bytes:
     return zstandard.compress(json.dumps(fields, separators=(",", ":")).encode(), 1)
 
@@ -248,27 +254,42 @@ def _unpack(value: bytes) -> dict[str, Any]:
 
 
 def _buckets(scope: str, text: str) -> list[str]:
-    """Names of the text's beginnings of 0, 1, 2, ... whole blocks."""
+    """Names of the text's beginnings of 0, 16, 32, 64, ... and then every so many characters."""
     name = hashlib.sha256(f"{scope}\ntext".encode()).hexdigest()
-    names = [name]
-    for start in range(0, len(text) - BLOCK_CHARS + 1, BLOCK_CHARS):
-        block = text[start : start + BLOCK_CHARS]
-        name = hashlib.sha256(f"{name}\n".encode() + block.encode("utf-8", "surrogatepass")).hexdigest()
+    names, start = [name], 0
+    while (end := min(max(2 * start, FIRST_BLOCK_CHARS), start + BLOCK_CHARS)) <= len(text):
+        name = _hash(f"{name}\n{text[start:end]}")
         names.append(name)
+        start = end
     return names
 
 
-def _part(text: str) -> str:
-    return f"{len(text)}:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+def _part(prompt: str, answer: str) -> str:
+    """Lengths and hashes of a prompt and of its answer less whitespace around it, and that of the latter's end."""
+    words = answer.strip()
+    trailing = len(answer) - len(answer.rstrip()) if words else 0
+    return f"{len(prompt)}:{_hash(prompt)}:{len(words)}:{_hash(words)}:{trailing}"
 
 
-def _length(part: str) -> int:
-    return int(part.partition(":")[0])
+def _end_of(part: str, text: str) -> int | None:
+    """Where the prompt and answer end with which this text begins; None if it does not begin with them.
+
+    Whitespace before the answer may have changed, as in a chat.
+    """
+    length, prompt, num_words, words, trailing = part.split(":")
+    start = int(length)
+    if start > len(text) or _hash(text[:start]) != prompt:
+        return None
+    start += len(text[start:]) - len(text[start:].lstrip())
+    end = start + int(num_words)
+    if end > len(text) or _hash(text[start:end]) != words:
+        return None
+    space = text[end : end + int(trailing)]
+    return end + len(space) if not space.strip() else end
 
 
-def _begins(text: str, part: str) -> bool:
-    length = _length(part)
-    return 0 < length <= len(text) and _part(text[:length]) == part
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _trim(memory: OrderedDict[str, Any]) -> None:

@@ -139,7 +139,7 @@ class Service:
             await self._finished(job, answer, caller)
 
         generation = Generation(self.connection.client, jobs, finish, timeout_s)
-        generation.on_close = lambda: self._leave(generation, admission, began)
+        generation.on_close = lambda: self._leave(generation, admission, began, caller)
         try:
             await generation.begin()
         except BaseException as error:
@@ -153,7 +153,8 @@ class Service:
             raise refuse("the prompt has no tokens: say something", "messages")
         if num_tokens >= limit:
             raise refuse(
-                f"the prompt has {num_tokens} tokens, but at most {limit - 1} leave room for an answer: shorten it",
+                f"this model's maximum context length is {limit} tokens, and the prompt has {num_tokens}: at most"
+                f" {limit - 1} leave room for an answer, so shorten it",
                 "messages",
                 "context_length_exceeded",
             )
@@ -190,8 +191,11 @@ class Service:
         self.num_running += 1
         return admission
 
-    def _leave(self, generation: Generation, admission: Admission, began: float) -> None:
-        num_tokens = sum(len(job.request.token_ids) for job in generation.jobs) + generation.num_tokens
+    def _leave(self, generation: Generation, admission: Admission, began: float, caller: Caller) -> None:
+        num_tokens = sum(len(job.request.token_ids) for job in generation.jobs) + generation.num_tokens.total()
+        for index in range(len(generation.jobs)):
+            if index not in generation.answers:
+                self.metrics.observe_abort(generation.num_tokens[index], caller.tenant.name)
         self.quotas.leave(admission, num_tokens, time.monotonic())
         self.num_running -= 1
         self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)

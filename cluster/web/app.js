@@ -95,7 +95,7 @@ function say(words) {
 async function readInfo() {
   try {
     const info = await api.info();
-    setText(byId("model"), `${info.model} · ${count(info.context_window)} tokens of context`);
+    setText(byId("model"), `${info.model} · up to ${count(info.max_turn_tokens)} tokens a turn`);
     if (info.auth_required && !api.hasKey) await api.unlock();
   } catch (error) {
     say(error.message);

@@ -83,7 +83,9 @@ def served_from(config: Config) -> Iterator[Served]:
 def _http(service: Service) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # asyncio sends at once on such sockets only
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service), log_level="warning", lifespan="off", timeout_keep_alive=75)
+    )
     loops: list[asyncio.AbstractEventLoop] = []
     ready = threading.Event()
 

@@ -100,6 +100,10 @@ def test_a_client_may_go_at_any_moment(served, stream, after_s):
     began = time.monotonic()
     wait_until(lambda: slots_in_use(served) == 0 and served.service.num_running == 0)
     assert time.monotonic() - began < 10  # 2,000 tokens would take longer
+    aborts = 'reprise_request_success_total{finished_reason="abort",front="0"}'
+    assert served.service.num_running == 0
+    if after_s:  # before that the turn may not have begun
+        assert aborts in httpx.get(f"{served.url}/metrics").text
     stats = served.cluster.replica_stats()[0]
     assert stats["turns_running"] + stats["turns_queued"] + stats["turns_restoring"] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -79,6 +80,18 @@ def test_a_stream_has_the_same_words(client, model):
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_nothing_is_streamed_before_the_first_token(served, model):
+    body = {"messages": ask("Tell me of the river. " * 60), "max_tokens": 2, "stream": True}
+    arrivals = []
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        for line in reply.iter_lines():
+            arrivals += [(time.perf_counter(), line)] if line.startswith("data: {") else []
+    role, first = arrivals[0], arrivals[1]
+    assert '"role"' in role[1]
+    assert '"role"' not in first[1]
+    assert first[0] - role[0] < 0.02  # clients take the first chunk's time for that of the first token
 
 
 def test_usage_comes_only_when_asked_for(client, model):
@@ -230,4 +243,8 @@ def test_the_body_must_be_json_and_errors_are_openais(served):
         assert reply.status_code == 400
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
     assert httpx.get(f"{served.url}/v1/chat/completions").status_code == 405
+    head = httpx.head(f"{served.url}/metrics")
+    assert (head.status_code, head.content) == (200, b"")
+    assert httpx.head(f"{served.url}/v1/completions").status_code == 405
+    assert httpx.get(f"{served.url}/version").json()["version"]
     assert httpx.get(f"{served.url}/nowhere").json()["error"]["type"] == "not_found_error"

@@ -24,9 +24,9 @@ class LocalShelf:
         self.histories = Histories(None, 1 << 24)
         self.num_asked = 0
 
-    async def get(self, keys: list[str]) -> list[Record]:
+    async def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
         self.num_asked += 1
-        return self.histories.get(keys)
+        return self.histories.get(keys, limit)
 
     async def put(self, records: list[Record]) -> None:
         self.histories.put(records)
@@ -204,6 +204,26 @@ def test_a_text_goes_on_from_the_longest_that_is_known(recollection, chat, shelf
     assert third.prompt.token_ids[: len(second.prompt.token_ids)] == second.prompt.token_ids
     other = asyncio.run(recollection.recall_text(SCOPE, start + "there is a king", None))
     assert not other.is_known
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", "  \n "])
+@pytest.mark.parametrize("answer_text", ["there was", " there was ", "there was\n\n"])
+def test_whitespace_around_a_completion_does_not_matter(recollection, between, answer_text):
+    first = asyncio.run(recollection.recall_text(SCOPE, "USER: hello ASSISTANT:", None))
+    ids = strange(recollection.chat, answer_text)[:-1]
+    asyncio.run(recollection.remember(first, ids, answer_text))
+    text = f"USER: hello ASSISTANT:{between}{answer_text.lstrip() if between else answer_text}USER: go on ASSISTANT:"
+    second = asyncio.run(recollection.recall_text(SCOPE, text, None))
+    known = first.prompt.token_ids + ids
+    assert second.prompt.token_ids == known + recollection.chat.tokenize_after("USER: go on ASSISTANT:")
+
+
+def test_a_short_prompt_shared_by_many_finds_its_own_answer(recollection):
+    for i in range(40):
+        first = asyncio.run(recollection.recall_text(SCOPE, "Go:", f"s{i}"))
+        asyncio.run(recollection.remember(first, strange(recollection.chat, f"answer {i}!")[:-1], f"answer {i}!"))
+    found = asyncio.run(recollection.recall_text(SCOPE, "Go:answer 17! And?", None))
+    assert found.session_id == "s17"
 
 
 def test_words_of_any_kind(recollection):

@@ -87,6 +87,7 @@ def test_conversations_survive_an_interrupt_and_a_restart(small_model, tmp_path)
     with server(small_model, tmp_path) as (url, process, log):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         first = client.chat.completions.create(messages=messages, **asked)
+        assert len(httpx.get(f"{url}/health", headers={"x-request-id": "one"}).headers.get_list("x-request-id")) == 1
         messages += [first.choices[0].message, {"role": "user", "content": "And on foot?"}]
         pieces: list[str] = []
         finish: list[str] = []

@@ -33,6 +33,12 @@ def test_what_was_put_is_there_in_order_also_after_a_restart(tmp_path):
     assert second.used_bytes == first.used_bytes > 0
 
 
+def test_the_newest_of_a_key():
+    histories = Histories(None, BIG)
+    histories.put([record("a", str(i).encode(), part=str(i)) for i in range(5)] + [record("b")])
+    assert [r.part for r in histories.get(["a", "b", "a"], limit=2)] == ["3", "4", ""]
+
+
 def test_the_same_name_again_replaces():
     histories = Histories(None, BIG)
     histories.put([record("a", b"old")])
