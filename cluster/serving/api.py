@@ -26,7 +26,8 @@ from cluster.serving.errors import ApiError
 from cluster.serving.generation import Generation
 from cluster.serving.openai_bodies import DONE, ChatBodies, CompletionBodies, sse, usage
 from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest
-from cluster.serving.service import Caller, Service, last_turn
+from cluster.serving.service import Caller, Service
+from cluster.serving.sessions import last_turn
 from cluster.serving.streaming import EventStream, as_header, unless_gone
 
 log = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ class Keeper:
 
     async def state(self) -> ClusterState:
         """Who is there now."""
-        if self._watch is None:
+        if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._keep())
         return cluster_state(self._cluster, self._history)
 

@@ -18,6 +18,7 @@ from cluster.serving.errors import refuse
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_SESSION_ID = 256
 MAX_INT = (1 << 63) - 1
 
 _ROLES = {"developer": "system", "function": "tool"}
@@ -66,6 +67,12 @@ def sound(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def check_session_id(session_id: str | None, param: str) -> None:
+    """ApiError for an id that cannot be one; None is fine."""
+    if session_id is not None and not (0 < len(session_id) <= MAX_SESSION_ID and session_id.isprintable()):
+        raise refuse(f"a session id has 1 to {MAX_SESSION_ID} printable characters", param)
+
+
 class StreamOptions(BaseModel):
     """What a stream ends with."""
 
@@ -109,6 +116,13 @@ class CommonRequest(BaseModel):
                 raise refuse(f"{name} is not supported: leave it out or use repetition_penalty", name)
         if self.logit_bias:
             raise refuse("logit_bias is not supported: leave it out", "logit_bias")
+
+    @property
+    def session_id(self) -> str | None:
+        """What the body calls its conversation. ApiError for an id that is none."""
+        for name in ("conversation_id", "prompt_cache_key"):
+            check_session_id(getattr(self, name) or None, name)
+        return self.conversation_id or self.prompt_cache_key or None
 
     @property
     def num_choices(self) -> int:

@@ -31,17 +31,15 @@ from cluster.serving.errors import ApiError, refuse
 from cluster.serving.generation import Generation, Job
 from cluster.serving.metrics import Metrics
 from cluster.serving.openai_bodies import Speller
-from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest
+from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest, check_session_id
 from cluster.serving.quotas import Admission, QuotaExceeded, Quotas
 from cluster.serving.recollection import Recalled, Recollection
-from cluster.serving.sessions import LastTurn, Session, SessionBook, scheduler_session
+from cluster.serving.sessions import Session, SessionBook, last_turn, scheduler_session
 from cluster.serving.tenants import KeyRing, Tenant
 from policies.messages import Mark
 from storage import keys
 
 log = logging.getLogger(__name__)
-
-MAX_SESSION_ID = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,7 @@ class Service:
     ) -> Caller:
         """ApiError 401 for an unknown key, 400 for a session id that is none."""
         tenant = self.keyring.tenant_of(authorization)
-        _check_session_id(session_id, "x-session-id")
+        check_session_id(session_id, "x-session-id")
         if timeout_s is not None and not timeout_s > 0:
             raise refuse("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
         scope = self.connection.model.tenant_root(tenant.salt)
@@ -101,7 +99,9 @@ class Service:
         request.check()
         self._check_model(request)
         try:
-            recalled = await self.recollection.recall(caller.scope, request.to_messages(), _session_id(request, caller))
+            recalled = await self.recollection.recall(
+                caller.scope, request.to_messages(), caller.session_id or request.session_id
+            )
         except TemplateError as error:
             raise refuse(f"{error}", "messages") from None
         return await self._generate(request, [recalled], caller, request.num_logprobs)
@@ -116,7 +116,7 @@ class Service:
     async def _recall_prompt(
         self, prompt: str | tuple[int, ...], request: CompletionRequest, caller: Caller
     ) -> Recalled:
-        session_id = _session_id(request, caller)
+        session_id = caller.session_id or request.session_id
         if isinstance(prompt, str):
             return await self.recollection.recall_text(caller.scope, prompt, session_id)
         if max(prompt) >= self.connection.model.vocab_size:
@@ -304,46 +304,8 @@ class Service:
         return error
 
 
-def last_turn(answer: Answer, drift_at: int | None, prefill_tokens_per_s: float) -> LastTurn:
-    """The figures of an answer. Without reuse its first token would have come later by the time to compute what was
-    reused, and sooner by that of restoring it; the former is an estimate."""
-    account = answer.account
-    ttft_without_s = None
-    if answer.ttft_s is not None:
-        computing_s = sum(account.reused.values()) / max(1e-9, prefill_tokens_per_s)
-        ttft_without_s = max(0.0, answer.ttft_s - account.restore_s) + computing_s
-    return LastTurn(
-        prompt_tokens=account.num_prompt_tokens,
-        completion_tokens=len(answer.tokens),
-        reused={str(tier): count for tier, count in account.reused.items()},
-        recomputed={str(cause): count for cause, count in account.recomputed.items()},
-        drift_at=drift_at,
-        ttft_ms=_ms(answer.ttft_s),
-        ttft_without_reuse_ms=_ms(ttft_without_s),
-        queue_ms=round(answer.queue_wait_s * 1e3, 3),
-        restore_ms=round(account.restore_s * 1e3, 3),
-        finish_reason=str(answer.finish_reason),
-    )
-
-
-def _ms(seconds: float | None) -> float | None:
-    return round(seconds * 1e3, 3) if seconds is not None else None
-
-
-def _session_id(request: CommonRequest, caller: Caller) -> str | None:
-    """The header's; else the body's."""
-    for name in ("conversation_id", "prompt_cache_key"):
-        _check_session_id(getattr(request, name) or None, name)
-    return caller.session_id or request.conversation_id or request.prompt_cache_key or None
-
-
 def _session_deleted() -> ApiError:
     return ApiError(409, "the session was deleted: there is no answer", code="session_deleted")
-
-
-def _check_session_id(session_id: str | None, param: str) -> None:
-    if session_id is not None and not (0 < len(session_id) <= MAX_SESSION_ID and session_id.isprintable()):
-        raise refuse(f"a session id has 1 to {MAX_SESSION_ID} printable characters", param)
 
 
 def new_request_id() -> str:

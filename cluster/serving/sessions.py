@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cluster.client import Answer
 from cluster.serving.recollection import Shelf
 from policies.messages import Mark
 from storage.histories import Record
@@ -32,6 +33,32 @@ class LastTurn:
     queue_ms: float
     restore_ms: float
     finish_reason: str
+
+
+def last_turn(answer: Answer, drift_at: int | None, prefill_tokens_per_s: float) -> LastTurn:
+    """The figures of an answer. Without reuse its first token would have come later by the time to compute what was
+    reused, and sooner by that of restoring it; the former is an estimate."""
+    account = answer.account
+    ttft_without_s = None
+    if answer.ttft_s is not None:
+        computing_s = sum(account.reused.values()) / max(1e-9, prefill_tokens_per_s)
+        ttft_without_s = max(0.0, answer.ttft_s - account.restore_s) + computing_s
+    return LastTurn(
+        prompt_tokens=account.num_prompt_tokens,
+        completion_tokens=len(answer.tokens),
+        reused={str(tier): count for tier, count in account.reused.items()},
+        recomputed={str(cause): count for cause, count in account.recomputed.items()},
+        drift_at=drift_at,
+        ttft_ms=_ms(answer.ttft_s),
+        ttft_without_reuse_ms=_ms(ttft_without_s),
+        queue_ms=round(answer.queue_wait_s * 1e3, 3),
+        restore_ms=round(account.restore_s * 1e3, 3),
+        finish_reason=str(answer.finish_reason),
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return round(seconds * 1e3, 3) if seconds is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,12 @@ class Served:
     loop: asyncio.AbstractEventLoop
     tokenizer: Any = field(repr=False)
 
+    @property
+    def folder(self) -> Path:
+        """Where its SSD tier and its conversations lie."""
+        assert self.cluster.config.store.ssd_url is not None
+        return Path(self.cluster.config.store.ssd_url).parent
+
     def run(self, work: Any) -> Any:
         """Runs a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)

@@ -18,15 +18,14 @@ SECRET = "zanzibar-heliotrope"
 QUESTION = f"Remember the word {SECRET}, which nobody else may ever see. " * 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("administered")
+@pytest.fixture
+def server(served: Served) -> Served:
+    return served
 
 
-@pytest.fixture(scope="module")
-def server(local_ray: None, small_model: Path, folder: Path) -> Any:
-    with served_from(serving_config(small_model, folder)) as running:
-        yield running
+@pytest.fixture
+def folder(served: Served) -> Path:
+    return served.folder
 
 
 def chat(server: Served, session: str, *words: str) -> list[dict[str, str]]:

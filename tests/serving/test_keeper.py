@@ -27,24 +27,22 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 LIMIT_S = 90.0
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "UP_AFTER_S", 0.5)
-    monkeypatch.setattr(scaling, "DOWN_AFTER_S", 1.0)
-    monkeypatch.setattr(keeper_module, "LOOK_S", 0.3)
-
-
-@pytest.fixture
-def keeper(small_model: Path, tmp_path: Path, quick: None) -> Iterator[Keeper]:
+@pytest.fixture(scope="module")
+def keeper(local_ray: None, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeper]:
+    """One that looks and decides quickly."""
     config = serving_config(
         small_model,
-        tmp_path,
+        tmp_path_factory.mktemp("kept"),
         model={"max_running_turns": 2},
         serving={"max_replicas": 2, "drain_s": 20.0, "hang_limit_s": 3.0},
     )
-    made = Keeper(config)
-    yield made
-    made.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "UP_AFTER_S", 0.5)
+        patch.setattr(scaling, "DOWN_AFTER_S", 1.0)
+        patch.setattr(keeper_module, "LOOK_S", 0.3)
+        made = Keeper(config)
+        yield made
+        made.close()
 
 
 async def until(condition: Any) -> None:
