@@ -24,6 +24,12 @@ class SamplingParams:
     """Keep tokens at least this likely relative to the likeliest; 0 keeps all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the answer so far become less likely; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the answer has already; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken off once for every time the answer has the token; 0 is off."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
     seed: int | None = None
     """The same seed draws the same tokens; None takes the row's fallback seed."""
     stop: tuple[str, ...] = ()
@@ -43,6 +49,11 @@ class SamplingParams:
         _check_number("top_p", self.top_p, 0.0, 1.0, "1 switches it off")
         _check_number("min_p", self.min_p, 0.0, 1.0, "0 switches it off")
         _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "1 switches it off")
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0, "0 switches it off")
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "0 switches it off")
+        for token_id, bias in self.logit_bias:
+            _check_count("a token id in logit_bias", token_id, 0, "ids are the tokenizer's")
+            _check_number("a bias in logit_bias", bias, -100.0, 100.0, "-100 all but bans a token")
         if self.top_p == 0 or self.repetition_penalty == 0:
             raise ValueError("top_p and repetition_penalty must be above 0; 1 switches them off")
         _check_count("top_k", self.top_k, 0, "0 switches it off")

@@ -1,7 +1,8 @@
 """From logits to the next token of every row of a batch.
 
 The order of the filters and their meaning are those of transformers' `generate`: repetition penalty, ban of end
-tokens (`min_new_tokens`), temperature, top-k, top-p, min-p. Log-probabilities are the model's own, before all of that.
+tokens (`min_new_tokens`), temperature, top-k, top-p, min-p; before the ban come OpenAI's presence and frequency
+penalties and bias of logits. Log-probabilities are the model's own, before all of that.
 
 Randomness is counter-based: the uniform number of a draw is a hash of (seed, num_generated). It does not depend on the
 batch, on earlier draws or on the process: a turn that was preempted, moved or re-batched goes on with the same tokens.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +38,7 @@ class SamplingRow:
 
     params: SamplingParams
     token_ids: Sequence[int]
-    """Prompt and answer so far; read for the repetition penalty only."""
+    """Prompt and answer so far; read for the penalties only."""
     num_prompt: int
     num_generated: int
     """Tokens of this answer so far, those of earlier attempts included: the counter of the draw."""
@@ -75,7 +77,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
 def _changes_logits(row: SamplingRow) -> bool:
     """Whether the row is more than the argmax of its raw logits."""
     params = row.params
-    return params.temperature > 0 or params.repetition_penalty != 1.0 or bool(_banned(row))
+    adjusted = params.presence_penalty or params.frequency_penalty or params.logit_bias
+    return params.temperature > 0 or params.repetition_penalty != 1.0 or bool(adjusted) or bool(_banned(row))
 
 
 def _banned(row: SamplingRow) -> set[int]:
@@ -96,6 +99,7 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow], batch_rows: Sequence[in
     """The full way, for rows that are not plain greedy. `batch_rows` are their indices in the batch, for errors."""
     scores = logits.to(torch.float32, copy=True)
     _penalise_repetition(scores, rows)
+    _adjust(scores, rows)
     _ban(scores, rows)
     tops, best = scores.max(dim=-1)
     chosen = best.tolist()
@@ -120,6 +124,22 @@ def _penalise_repetition(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
             seen = torch.tensor([t for t in set(row.token_ids) if 0 <= t < vocab], dtype=torch.long).to(scores.device)
             seen_scores = scores[i, seen]
             scores[i, seen] = torch.where(seen_scores < 0, seen_scores * penalty, seen_scores / penalty)
+
+
+def _adjust(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """In place: OpenAI's presence and frequency penalties, for the tokens of the answer so far, and bias of logits."""
+    vocab = scores.shape[1]
+    for i, row in enumerate(rows):
+        params = row.params
+        added: dict[int, float] = dict(params.logit_bias)
+        if params.presence_penalty or params.frequency_penalty:
+            for token_id, count in Counter(row.token_ids[row.num_prompt :]).items():
+                penalty = params.presence_penalty + params.frequency_penalty * count
+                added[token_id] = added.get(token_id, 0.0) - penalty
+        known = {token_id: value for token_id, value in added.items() if 0 <= token_id < vocab}
+        if known:
+            ids = torch.tensor(list(known), device=scores.device)
+            scores[i, ids] += torch.tensor(list(known.values()), dtype=scores.dtype, device=scores.device)
 
 
 def _ban(scores: Tensor, rows: Sequence[SamplingRow]) -> None:

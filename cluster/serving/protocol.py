@@ -23,6 +23,7 @@ MAX_INT = (1 << 63) - 1
 
 _ROLES = {"developer": "system", "function": "tool"}
 
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]  # a token id, as JSON spells a key
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
@@ -97,9 +98,11 @@ class CommonRequest(BaseModel):
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenName, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Count] | None = None
@@ -111,11 +114,6 @@ class CommonRequest(BaseModel):
 
     def check(self) -> None:
         """ApiError for what is not supported."""
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                raise refuse(f"{name} is not supported: leave it out or use repetition_penalty", name)
-        if self.logit_bias:
-            raise refuse("logit_bias is not supported: leave it out", "logit_bias")
 
     @property
     def session_id(self) -> str | None:
@@ -154,6 +152,9 @@ class CommonRequest(BaseModel):
                 top_k=max(0, self.top_k or 0),
                 min_p=self.min_p or 0.0,
                 repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                logit_bias=tuple((int(name), bias) for name, bias in (self.logit_bias or {}).items()),
                 seed=self.seed,
                 stop=stops,
                 stop_token_ids=tuple(self.stop_token_ids or ()),

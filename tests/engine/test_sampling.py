@@ -131,6 +131,30 @@ def test_repetition_penalty_is_that_of_transformers_and_counts_prompt_and_answer
     assert ids(sample(logits[:1], [row(repetition_penalty=50.0, token_ids=[best])])) != [best]
 
 
+def test_penalties_count_the_answer_and_biases_are_added():
+    logits = random_logits(2, seed=6)
+    history = (3, 4, 7, 7, 9)  # the first two are the prompt
+    penalised = SamplingRow(
+        params=SamplingParams(
+            presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 2.0), (9, -1.0), (999, 5.0))
+        ),
+        token_ids=history,
+        num_prompt=2,
+        num_generated=3,
+        fallback_seed=1,
+    )
+    ours = logits.clone()
+    sampling._adjust(ours, [penalised, row()])
+    expected = logits.clone()
+    expected[0, 3] += 2.0
+    expected[0, 7] -= 0.5 + 2 * 0.25
+    expected[0, 9] -= 1.0 + 0.5 + 0.25
+    assert torch.allclose(ours, expected)
+    best = int(logits[0].argmax())
+    assert ids(sample(logits[:1], [row(logit_bias=((best, -100.0),))])) != [best]
+    assert ids(sample(logits[:1], [row(logit_bias=((5, 100.0),))])) == [5]
+
+
 def test_draws_follow_the_softmax():
     logits = random_logits(1, seed=1, vocab=20)
     params = SamplingParams(temperature=1.7, seed=11)
@@ -274,6 +298,10 @@ def test_shapes_are_checked():
         ({"top_k": 1.5}, "whole number"),
         ({"min_p": 2.0}, "between"),
         ({"repetition_penalty": 0.0}, "1 switches"),
+        ({"presence_penalty": 2.5}, "between"),
+        ({"frequency_penalty": -3.0}, "between"),
+        ({"logit_bias": ((-1, 1.0),)}, "at least 0"),
+        ({"logit_bias": ((1, 101.0),)}, "between"),
         ({"seed": 1.5}, "whole number or None"),
         ({"stop": "end"}, "tuple"),
         ({"stop": ("",)}, "non-empty"),

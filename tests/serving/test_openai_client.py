@@ -130,6 +130,18 @@ def test_a_stop_string_ends_an_answer_and_the_next_turn_goes_on_from_what_was_ke
     assert after.usage.model_extra["reprise"]["drift_at"] is None
 
 
+def test_penalties_and_biases_change_the_answer(client, model):
+    asked = {"model": model, "messages": ask("Say it again and again."), "max_tokens": 24, "temperature": 0}
+    plain = client.chat.completions.create(**asked, logprobs=True)
+    first = plain.choices[0].logprobs.content[0]
+    varied = client.chat.completions.create(**asked, frequency_penalty=2.0, presence_penalty=2.0)
+    assert varied.choices[0].message.content != plain.choices[0].message.content
+    biased = client.completions.create(model=model, prompt="x", max_tokens=3, temperature=0, logit_bias={"300": 100})
+    repeated = client.completions.create(model=model, prompt="x", max_tokens=1, temperature=0, logit_bias={"300": 100})
+    assert biased.choices[0].text == repeated.choices[0].text * 3
+    assert first.logprob <= 0
+
+
 def test_logprobs_of_chats(client, model):
     answer = client.chat.completions.create(
         model=model, messages=ask("Likely?"), max_tokens=5, logprobs=True, top_logprobs=3, temperature=0
@@ -183,8 +195,8 @@ def test_content_parts_other_roles_and_unknown_fields(client, model):
     [
         ({"response_format": {"type": "json_object"}}, "response_format 'json_object' is not supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools are not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"presence_penalty": 2.5}, "presence_penalty: .*less than or equal to 2"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.*pattern"),
         ({"temperature": -1}, "temperature: .*greater than or equal to 0"),
         ({"top_logprobs": 2}, "needs logprobs=true"),
         ({"extra_body": {"min_tokens": 9}}, "min_tokens .9. is above"),
