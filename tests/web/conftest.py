@@ -80,10 +80,14 @@ class Visit:
         texts: list[str] = self.page.locator(".message.user .body").all_inner_texts()
         return texts
 
-    def set_max_tokens(self, number: int) -> None:
+    def set(self, **values: object) -> None:
+        """Fills the settings' fields and returns when they are stored."""
         self.page.click("#open-settings")
-        self.page.fill("#max-tokens", str(number))
+        for name, value in values.items():
+            self.page.fill(f"#{name.replace('_', '-')}", str(value))
+        self.page.evaluate("localStorage.removeItem('reprise.settings')")
         self.page.click("#settings button[value=ok]")
+        self.page.wait_for_function("() => localStorage.getItem('reprise.settings') !== null")
 
     def stored(self) -> list[dict[str, Any]]:
         """The conversations as the browser keeps them."""

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.timeout(180)]
 
 def test_a_question_is_answered_while_it_streams(visit):
     one = visit()
-    one.set_max_tokens(60)
+    one.set(max_tokens=60)
     one.page.evaluate("""() => {
         window.lengths = new Set();
         new MutationObserver(() => {
@@ -45,11 +45,7 @@ def test_the_second_turn_reuses_the_first(visit):
 
 def test_requests_name_the_conversation_and_what_was_set(visit):
     one = visit()
-    one.page.click("#open-settings")
-    one.page.fill("#system", "Be brief.")
-    one.page.fill("#temperature", "0")
-    one.page.fill("#max-tokens", "5")
-    one.page.click("#settings button[value=ok]")
+    one.set(system="Be brief.", temperature=0, max_tokens=5)
     with one.page.expect_request(STREAM) as request:
         one.say("Hello")
     body = request.value.post_data_json
@@ -90,12 +86,12 @@ def test_several_conversations_stay_apart(visit):
 
 def test_one_conversation_is_answered_while_another_is_read(visit):
     one = visit()
-    one.set_max_tokens(200)
+    one.set(max_tokens=200)
     one.page.fill("#message", "A long one")
     one.page.press("#message", "Enter")
     one.page.wait_for_selector("#stop", state="visible")
     one.page.click("#new-conversation")
-    one.set_max_tokens(4)
+    one.set(max_tokens=4)
     one.say("A short one")
     one.page.click("#conversation-list .open >> text=A long one")
     one.page.wait_for_selector(".assistant:not(.running)")
@@ -105,7 +101,7 @@ def test_one_conversation_is_answered_while_another_is_read(visit):
 
 def test_stop_keeps_what_has_come(visit, served):
     one = visit()
-    one.set_max_tokens(3000)
+    one.set(max_tokens=3000)
     one.page.fill("#message", "Hello")
     one.page.click("#send")
     one.page.wait_for_function("() => document.querySelector('.running .body')?.textContent.length > 20")
@@ -117,7 +113,7 @@ def test_stop_keeps_what_has_come(visit, served):
     while served.cluster.scheduler_stats()["turns_running"]:
         assert time.monotonic() < deadline, "the server goes on"
         time.sleep(0.05)
-    one.set_max_tokens(4)
+    one.set(max_tokens=4)
     one.say("Go on")
 
 
@@ -142,7 +138,7 @@ def test_an_edit_is_not_disturbed_by_another_answer(visit):
     one = visit()
     one.say("One")
     one.page.click("#new-conversation")
-    one.set_max_tokens(150)
+    one.set(max_tokens=150)
     one.page.fill("#message", "Two")
     one.page.click("#send")
     one.page.click("#conversation-list .open >> text=One")
@@ -178,7 +174,7 @@ def test_rename_and_delete(visit):
     one.page.click("[aria-label='Delete “Going”']")
     with one.page.expect_request(lambda request: request.method == "DELETE") as request:
         one.page.click("#delete-confirm")
-    one.page.wait_for_selector("#ask-delete", state="hidden")
+    one.page.wait_for_function("() => document.querySelectorAll('#conversation-list .open').length === 1")
     assert request.value.response().json()["deleted"] is True
     assert [kept["title"] for kept in one.stored()] == ["Keep me"]
     assert one.questions() == ["Keep me"]
