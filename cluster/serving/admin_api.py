@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -18,6 +19,9 @@ router = APIRouter(prefix="/reprise/v1")
 
 LIVE_S = 1.0
 """How often a live view is sent."""
+
+LIVE_LIMIT_S = 10.0
+"""How long one request for it lasts: a shutdown waits for open ones. Whoever looks on asks again."""
 
 
 class PinRequest(BaseModel):
@@ -84,12 +88,13 @@ async def cluster(request: Request) -> dict[str, Any]:
 
 @router.get("/live", response_model=None)
 async def live(request: Request) -> EventStream:
-    """The same as /cluster once a second, as server-sent events."""
+    """The same as /cluster once a second for a while, as server-sent events."""
     administrator_of(request)
     service = _service(request)
 
     async def views() -> AsyncIterator[bytes]:
-        while True:
+        deadline = time.monotonic() + LIVE_LIMIT_S
+        while time.monotonic() < deadline:
             try:
                 yield b"data: " + json.dumps(await service.administration.cluster()).encode() + b"\n\n"
             except ApiError:

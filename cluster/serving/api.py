@@ -48,7 +48,7 @@ def create_app(service: Service, *, names_requests: bool = True) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     app.include_router(admin_api.router)
-    app.mount("/web", StaticFiles(directory=WEB, check_dir=False), name="web")
+    app.mount("/web", _Files(directory=WEB, check_dir=False), name="web")
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -60,6 +60,15 @@ def create_app(service: Service, *, names_requests: bool = True) -> FastAPI:
         names_requests=names_requests,
     )
     return app
+
+
+class _Files(StaticFiles):
+    """The page's parts; asked for anew each time (304), so that those of two versions are never mixed."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 # --- OpenAI -----------------------------------------------------------------------------------------------------------

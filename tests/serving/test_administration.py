@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.serving import admin_api
 from tests.serving.server import Served, served_from, serving_config
 from tests.serving.test_door import wait_until
 
@@ -177,3 +178,9 @@ def test_the_cluster_in_figures(server):
     with httpx.stream("GET", f"{server.url}/reprise/v1/live", timeout=10) as live:
         line = next(line for line in live.iter_lines() if line.startswith("data: "))
     assert '"tiers"' in line
+
+
+def test_a_live_view_ends_by_itself(server, monkeypatch):
+    monkeypatch.setattr(admin_api, "LIVE_LIMIT_S", 0.5)
+    views = httpx.get(f"{server.url}/reprise/v1/live", timeout=20).text  # a shutdown would wait for it
+    assert views.count("data: ") == 1
