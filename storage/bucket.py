@@ -83,6 +83,10 @@ def _from_memory(arrival: Arrival) -> RangeSource:
     return RangeSource(read=lambda offset, length: arrival.data[offset : offset + length], num_bytes=len(arrival.data))
 
 
+class _Changed(Exception):  # noqa: N818 - not an error
+    """What was found under a key is not there any more."""
+
+
 class ObjectTier:
     """A ChunkTier below a URL. Every request ends within `deadline_s`, after which it is a TierError.
 
@@ -111,9 +115,14 @@ class ObjectTier:
         view, path = byte_view(data), self._bucket.path(key)
         size = self._bucket.size(key)
         num_bytes = len(view) if size is None else size
-        with self._account.adding(key, num_bytes, lambda: self._is_there(key)) as is_new:
-            if is_new and size is None:
-                self._upload(path, view.tobytes())
+        try:
+            with self._account.adding(key, num_bytes, lambda: self._is_there(key)) as is_new:
+                if is_new and size is None:
+                    self._upload(path, view.tobytes())
+                elif is_new and self._bucket.size(key) != size:
+                    raise _Changed
+        except _Changed:  # somebody deleted it before it was ours to count
+            return self.put(key, data)
         return self._account.get(key) or num_bytes
 
     def open(self, key: str) -> ChunkReader:

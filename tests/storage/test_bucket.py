@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from storage.bucket import BucketReader, ObjectTier
-from storage.contract import NUM_LAYERS, PersistentTierContract, sample_chunk, sample_layers
+from storage.contract import NUM_LAYERS, PersistentTierContract, same_bytes, sample_chunk, sample_layers
 from storage.filesystem import open_tier
 from storage.format import FIRST_READ_BYTES, encode
 from storage.opener_contract import OpenerContract
@@ -379,6 +379,24 @@ def raising(error):
         raise error
 
     return fail
+
+
+def test_a_chunk_that_vanishes_before_its_put_is_ours_to_count_is_written():
+    tier = ObjectTier("memory://vanishing/chunks", 1 << 24)
+    key, data = sample_chunk(3, 20_000)
+    tier.put(key, data)
+    ask = tier._bucket.size
+
+    def ask_and_lose(wanted):
+        size = ask(wanted)
+        tier._bucket.size = ask
+        tier.delete(key)
+        return size
+
+    tier._bucket.size = ask_and_lose
+    assert tier.put(key, data) == len(data)
+    assert same_bytes(tier.read(key), data)
+    assert tier.used_bytes == len(data)
 
 
 def test_a_deadline_must_be_positive():
