@@ -1,8 +1,9 @@
 """What HTTP and Ray Serve cost: a returning turn through them, against the same turn asked of the cluster directly.
 
 One deployment as `reprise serve` makes it. Conversations of equal length, one asked through HTTP, one through the
-Python client of the same scheduler and replica, one of an engine in this process: first turn, then a short second one
-whose time to first token counts. Then so many chats at a time stream their answers, through HTTP and directly.
+Python client of the same scheduler and replica, one of an engine in this process: first turn, a pause, then a short
+second one whose time to first token counts. Then so many chats at a time stream their answers, through HTTP and
+directly.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from cluster.conversations import Message
 
 HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 16
 MAX_STREAM_ROUNDS = 4
+THINK_S = 1.5  # before the second turn: what the first has computed is saved by then
 QUICK_HISTORY_WORDS, QUICK_NUM_CHATS, QUICK_STREAM_TOKENS = 60, 4, 8
 MAX_ADDED_S, MAX_TTFT_RATIO, MIN_STREAM_RATIO = 0.010, 1.15, 0.95
 WARM_UPS = 2
@@ -140,6 +142,7 @@ async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: i
     name = f"bench-{deployed.rng.random()}"
     ttft_s, num_cached, num_tokens = 0.0, 0, 0
     for turn, count in enumerate((words, NEW_WORDS)):
+        await asyncio.sleep(THINK_S if turn else 0.0)
         prompt = transcript.prompt([Message("user", deployed.words(count))])
         request = TurnRequest(
             turn_id=f"{name}#{turn}",
@@ -159,7 +162,8 @@ async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: i
 async def _converse_over_http(deployed: _Deployed, http: httpx.AsyncClient, words: int) -> tuple[float, int, int]:
     messages: list[dict[str, str]] = []
     stream = _Stream()
-    for count in (words, NEW_WORDS):
+    for turn, count in enumerate((words, NEW_WORDS)):
+        await asyncio.sleep(THINK_S if turn else 0.0)
         messages.append({"role": "user", "content": deployed.words(count)})
         stream = await _ask(http, messages, ANSWER_TOKENS)
         messages.append({"role": "assistant", "content": stream.text})
