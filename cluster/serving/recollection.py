@@ -62,8 +62,8 @@ class Recalled:
     transcript: Transcript | None = None
     text: str | None = None
     """A completion's prompt; then there is no transcript. With neither, the prompt came as token ids."""
-    foreign: list[Record] = field(default_factory=list)
-    """Of answers in the history that were not known until now."""
+    spelt: list[Record] = field(default_factory=list)
+    """Of its history, from the first answer on that was not known until now."""
 
 
 class Recollection:
@@ -97,16 +97,20 @@ class Recollection:
         session = owner.removeprefix(f"{scope}/")
         if transcript is None:
             transcript = Transcript(self.chat, session)
-        foreign: list[Record] = []
+        spelt: list[Record] = []
 
         def build() -> RenderedPrompt:
             for (asked, answer), name in zip(exchanges[found:], names[found:]):
-                if name in records:
-                    transcript.extend([_turn_of(records[name].value, asked)])
+                turn = _turn_of(records[name].value, asked) if name in records else None
+                if turn is not None and not spelt:
+                    transcript.extend([turn])
+                    continue
+                transcript.prompt(asked)
+                if turn is not None:  # what comes before it was spelt anew, and is perhaps not what it once followed
+                    transcript.add_answer(turn.token_ids, turn.answer)
                 else:
-                    transcript.prompt(asked)
                     transcript.add_recorded_answer(answer)
-                    foreign.append(Record(name, owner, _value_of(transcript.turns[-1])))
+                spelt.append(Record(name, owner, _value_of(transcript.turns[-1])))
             return transcript.prompt(new)
 
         prompt = await self._compute(build)
@@ -118,7 +122,7 @@ class Recollection:
             name=names[-1] if names else scope,
             new=new,
             transcript=transcript,
-            foreign=foreign,
+            spelt=spelt,
         )
 
     # --- texts --------------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ class Recollection:
             name = _names(recalled.name, [(recalled.new, text)])[0]
             self._transcripts[name] = (owner, transcript)
             _trim(self._transcripts)
-            records = [*recalled.foreign, Record(name, owner, _value_of(transcript.turns[-1]))]
+            records = [*recalled.spelt, Record(name, owner, _value_of(transcript.turns[-1]))]
         await self._shelf.put(records)
 
     def forget(self, scope: str, session_id: str) -> None:

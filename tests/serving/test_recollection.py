@@ -161,6 +161,21 @@ def test_a_history_from_elsewhere_is_spelt_once_and_then_the_same(recollection, 
     assert goes_on(second, first, ids)
 
 
+def test_a_history_whose_beginning_was_forgotten_is_spelt_anew_from_there(recollection, chat, shelf):
+    first = recall(recollection, say("Hi"))
+    answer(recollection, first, "alpha")
+    second = recall(recollection, say("Hi", "alpha", "So?"))
+    ids = answer(recollection, second, "beta")
+    shelf.histories._db.execute("DELETE FROM records WHERE number = 1")  # the oldest leave first
+    third = recall(Recollection(chat, shelf), say("Hi", "alpha", "So?", "beta", "And?"))
+    tokens = third.prompt.token_ids
+    at = third.prompt.cuts[2]  # of prompts and answers: the second prompt's end
+    assert tokens[at : at + len(ids)] == ids
+    assert tokens[: len(first.prompt.token_ids)] == first.prompt.token_ids
+    assert third.prompt.drift_at is None
+    assert third.session_id == first.session_id
+
+
 def test_tenants_do_not_know_each_others_words(recollection):
     first = recall(recollection, say("Hi"))
     answer(recollection, first, "alpha")
