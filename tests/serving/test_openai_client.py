@@ -85,13 +85,14 @@ def test_a_stream_has_the_same_words(client, model):
 def test_nothing_is_streamed_before_the_first_token(served, model):
     body = {"messages": ask("Tell me of the river. " * 60), "max_tokens": 2, "stream": True}
     arrivals = []
+    began = time.perf_counter()
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as reply:
         for line in reply.iter_lines():
             arrivals += [(time.perf_counter(), line)] if line.startswith("data: {") else []
     role, first = arrivals[0], arrivals[1]
     assert '"role"' in role[1]
     assert '"role"' not in first[1]
-    assert first[0] - role[0] < 0.02  # clients take the first chunk's time for that of the first token
+    assert first[0] - role[0] < 0.3 * (first[0] - began)  # clients take the first chunk's time for the first token's
 
 
 def test_usage_comes_only_when_asked_for(client, model):
