@@ -124,7 +124,11 @@ def test_a_crowd_leaves_nothing_behind(busy):
         return not in_use and busy.service.num_running == 0  # who left last may still be taken leave of
 
     wait_until(settled)
-    (replica,) = busy.cluster.replica_stats()
-    assert replica["turns_running"] + replica["turns_queued"] + replica["turns_restoring"] == 0
-    assert replica["blocks_free"] + replica["blocks_kept"] == replica["blocks"]
+
+    def at_rest() -> bool:
+        (replica,) = busy.cluster.replica_stats()
+        turns = replica["turns_running"] + replica["turns_queued"] + replica["turns_restoring"]
+        return not turns and replica["blocks_free"] + replica["blocks_kept"] == replica["blocks"]
+
+    wait_until(at_rest)
     assert memory_of(busy) < MAX_GROWTH * early
