@@ -6,7 +6,7 @@ from storage.histories import Histories, Record
 
 
 class HistoryActor:
-    """Plain class; becomes an actor in cluster/bringup.py. Threads are Ray's: every call is short."""
+    """Plain class; becomes an actor in cluster/serving/keeper.py. Threads are Ray's: every call is short."""
 
     def __init__(self, path: str | None, max_bytes: int) -> None:
         self._histories = Histories(path, max_bytes)
@@ -22,6 +22,3 @@ class HistoryActor:
 
     def delete(self, owner: str) -> int:
         return self._histories.delete(owner)
-
-    def stats(self) -> dict[str, int]:
-        return {"num_records": len(self._histories), "used_bytes": self._histories.used_bytes}

@@ -33,7 +33,7 @@ class PinRequest(BaseModel):
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
     """What is served here. Needs no key: it says whether one is needed."""
-    service = _service(request)
+    service = service_of(request)
     model = service.connection.model
     return {
         "model": service.model_name,
@@ -49,48 +49,48 @@ async def info(request: Request) -> dict[str, Any]:
 @router.get("/conversations/{session_id}")
 async def conversation(session_id: str, request: Request) -> dict[str, Any]:
     """One of the caller's sessions: its last turn's figures, and where its KV lies."""
-    return await _service(request).administration.describe(caller_of(request).scope, session_id)
+    return await service_of(request).administration.describe(caller_of(request).scope, session_id)
 
 
 @router.post("/conversations/{session_id}/advise", status_code=202)
 async def advise(session_id: str, request: Request) -> dict[str, Any]:
     """It is about to speak: its KV is brought near."""
-    await _service(request).administration.advise(caller_of(request).scope, session_id)
+    await service_of(request).administration.advise(caller_of(request).scope, session_id)
     return {"expected": True}
 
 
 @router.post("/conversations/{session_id}/pin")
 async def pin(session_id: str, body: PinRequest, request: Request) -> dict[str, Any]:
     """Its KV stays for so long."""
-    session = await _service(request).administration.pin(caller_of(request).scope, session_id, body.seconds)
+    session = await service_of(request).administration.pin(caller_of(request).scope, session_id, body.seconds)
     return {"pinned_until": session.pinned_until}
 
 
 @router.post("/conversations/{session_id}/expire")
 async def expire(session_id: str, request: Request) -> dict[str, Any]:
     """Its KV is the first to go from now on."""
-    await _service(request).administration.expire(caller_of(request).scope, session_id)
+    await service_of(request).administration.expire(caller_of(request).scope, session_id)
     return {"expired": True}
 
 
 @router.delete("/conversations/{session_id}")
 async def delete(session_id: str, request: Request) -> dict[str, Any]:
     """Its KV leaves every tier, and its history memory and disk."""
-    return await _service(request).administration.delete(caller_of(request).scope, session_id)
+    return await service_of(request).administration.delete(caller_of(request).scope, session_id)
 
 
 @router.get("/cluster")
 async def cluster(request: Request) -> dict[str, Any]:
     """Tiers, replicas and queue; for administrators."""
     administrator_of(request)
-    return await _service(request).administration.cluster()
+    return await service_of(request).administration.cluster()
 
 
 @router.get("/live", response_model=None)
 async def live(request: Request) -> EventStream:
     """The same as /cluster once a second for a while, as server-sent events."""
     administrator_of(request)
-    service = _service(request)
+    service = service_of(request)
 
     async def views() -> AsyncIterator[bytes]:
         deadline = time.monotonic() + LIVE_LIMIT_S
@@ -115,7 +115,7 @@ def caller_of(request: Request) -> Caller:
         timeout_s = float(timeout) if timeout is not None else None
     except ValueError:
         raise refuse("x-request-timeout must be a number of seconds", "x-request-timeout") from None
-    caller = _service(request).caller(
+    caller = service_of(request).caller(
         headers.get("authorization"), request.state.request_id, headers.get("x-session-id"), timeout_s
     )
     request.state.facts["tenant"] = caller.tenant.name
@@ -130,6 +130,6 @@ def administrator_of(request: Request) -> Caller:
     return caller
 
 
-def _service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service

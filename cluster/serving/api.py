@@ -21,12 +21,13 @@ from starlette.exceptions import HTTPException
 from actors.wire import Delta, TurnAccount
 from cluster.client import Answer
 from cluster.serving import admin_api
+from cluster.serving.admin_api import administrator_of, caller_of, service_of
 from cluster.serving.door import Door
 from cluster.serving.errors import ApiError
 from cluster.serving.generation import Generation
 from cluster.serving.openai_bodies import DONE, ChatBodies, CompletionBodies, sse, usage
 from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest
-from cluster.serving.service import Caller, Service
+from cluster.serving.service import Service
 from cluster.serving.sessions import last_turn
 from cluster.serving.streaming import EventStream, as_header, unless_gone
 
@@ -227,7 +228,7 @@ async def metrics(request: Request) -> Response:
     """Prometheus' text format, of all front processes."""
     service = service_of(request)
     if service.section.metrics_need_admin:
-        admin_api.administrator_of(request)
+        administrator_of(request)
     return Response(await service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -238,15 +239,6 @@ async def page() -> Response:
     if not file.is_file():
         raise ApiError(404, "this installation has no page")
     return Response(file.read_bytes(), media_type="text/html; charset=utf-8", headers={"cache-control": "no-cache"})
-
-
-def service_of(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-def caller_of(request: Request) -> Caller:
-    return admin_api.caller_of(request)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

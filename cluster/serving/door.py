@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
@@ -137,8 +137,7 @@ class _Body:
     def __init__(self, receive: Receive, max_bytes: int, limit_s: float) -> None:
         self._receive, self._max_bytes, self._limit_s = receive, max_bytes, limit_s
         self._num_bytes, self._is_complete = 0, False
-        self._clock: Callable[[], float] = time.monotonic
-        self._began = self._clock()
+        self._began = time.monotonic()
 
     def check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "")
@@ -149,7 +148,7 @@ class _Body:
         if self._is_complete:
             return await self._receive()
         try:
-            left_s = self._limit_s - (self._clock() - self._began)
+            left_s = self._limit_s - (time.monotonic() - self._began)
             message = await asyncio.wait_for(self._receive(), max(0.0, left_s))
         except TimeoutError:
             raise HTTPException(408, f"the body was not here after {self._limit_s:g} s: send it faster") from None

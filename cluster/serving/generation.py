@@ -44,7 +44,9 @@ class Generation:
         self.on_close: Callable[[], None] = lambda: None
         """Called once, when nothing runs any more."""
         self.num_tokens: Counter[int] = Counter()
-        """Generated so far, by choice."""
+        """Generated so far, by choice; also what nobody has read yet."""
+        self.finished: set[int] = set()
+        """Choices whose answer is whole and remembered; also those nobody has read yet."""
         self._first: tuple[int, Event] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.answers: dict[int, Answer] = {}
@@ -81,6 +83,8 @@ class Generation:
 
     async def _run(self, index: int, job: Job) -> None:
         def put(event: Event) -> None:
+            if isinstance(event, Delta):
+                self.num_tokens[index] += len(event.tokens)
             self._events.put_nowait((index, event))
 
         try:
@@ -90,6 +94,7 @@ class Generation:
         except Exception as error:  # noqa: BLE001 - whoever reads the events hears of it
             self._events.put_nowait((index, error))
         else:
+            self.finished.add(index)
             put(answer)
 
     async def _next(self) -> tuple[int, Event]:
@@ -100,8 +105,6 @@ class Generation:
             raise event
         if isinstance(event, TurnAccount):
             self.accounts[index] = event
-        elif isinstance(event, Delta):
-            self.num_tokens[index] += len(event.tokens)
         elif isinstance(event, Answer):
             self.answers[index] = event
         return index, event

@@ -44,7 +44,7 @@ class Keeper:
         self._stack.callback(ray.kill, self._history)
         self._scaler = Scaler(config.cluster.num_replicas, config.serving.max_replicas)
         self._expositions: dict[str, tuple[float, str]] = {}
-        self._closing: dict[str, Any] = {}  # replicas that take no more turns, with their handles
+        self._closing: set[str] = set()  # replicas that take no more turns
         self._starting: set[str] = set()
         self._heard: dict[str, float] = {}  # replica -> when it last said that it works
         self._watch: asyncio.Task[None] | None = None
@@ -104,7 +104,7 @@ class Keeper:
         fleet = {replica["replica_id"]: replica for replica in stats["fleet"]}
         self._starting -= fleet.keys()
         for replica_id in [name for name in self._closing if not fleet.get(name, {}).get("running")]:
-            del self._closing[replica_id]
+            self._closing.remove(replica_id)
             await asyncio.to_thread(self._cluster.remove_replica, replica_id)
             log.warning("replica %s was not needed any more and has ended", replica_id)
         for replica_id in self._closing:
@@ -137,7 +137,7 @@ class Keeper:
         if self._starting or len(open_ones) <= self._config.cluster.num_replicas:
             return
         least = min(open_ones, key=lambda replica: (replica["running"], replica["tokens"]))["replica_id"]
-        self._closing[least] = self._cluster.replicas[least]
+        self._closing.add(least)
         self._cluster.scheduler.close_replica.remote(least)
 
     async def _restart_hung(self) -> None:

@@ -194,7 +194,7 @@ class Service:
     def _leave(self, generation: Generation, admission: Admission, began: float, caller: Caller) -> None:
         num_tokens = sum(len(job.request.token_ids) for job in generation.jobs) + generation.num_tokens.total()
         for index in range(len(generation.jobs)):
-            if index not in generation.answers:
+            if index not in generation.finished:
                 self.metrics.observe_abort(generation.num_tokens[index], caller.tenant.name)
         self.quotas.leave(admission, num_tokens, time.monotonic())
         self.num_running -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.serving.errors import ApiError
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -61,8 +64,10 @@ class EventStream(StreamingResponse):
         finally:
             for task in (pump, gone):
                 task.cancel()
-            await asyncio.gather(pump, gone, return_exceptions=True)
+            outcome, _ = await asyncio.gather(pump, gone, return_exceptions=True)
             await self._close()
+            if isinstance(outcome, Exception):
+                log.error("a stream broke", exc_info=outcome)
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
