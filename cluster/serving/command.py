@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import socket
 import sys
@@ -112,14 +111,17 @@ def _cause(text: str) -> str:
 
 def _check_port(host: str, port: int) -> None:
     from cluster.bringup import BringUpError
+    from cluster.config import ConfigError
 
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"--port must be between 1 and 65535, not {port}")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise BringUpError(
-                f"cannot listen on {host}:{port} ({os.strerror(error.errno or 0)}): see --port"
+                f"cannot listen on {host}:{port} ({error.strerror or error}): see --host and --port"
             ) from None
 
 

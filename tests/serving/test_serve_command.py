@@ -134,3 +134,7 @@ def test_what_cannot_be_served_is_said_in_one_line(small_model, tmp_path):
     assert ended.returncode == 2
     assert "no model folder" in ended.stderr
     assert ended.stderr.count("\n") == 1
+    words = command(small_model, tmp_path, 99_999)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "--port must be between" in ended.stderr
