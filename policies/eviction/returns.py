@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,15 +74,16 @@ class Experience:
         )
         if num_known:
             self._seen[keys[num_known - 1]] = (prompt, num_uses)
-        for key in keys[num_known:]:
-            self._seen[key] = (prompt, 1)
+        for key in keys:  # before the last known one, too, there may be new places where this prompt was cut
+            self._seen.setdefault(key, (prompt, 1))
         for key in reversed(keys):  # what is forgotten first is what extends it, never a prefix of what is remembered
             self._seen.move_to_end(key)
         while len(self._seen) > MAX_PREFIXES:
             self._seen.popitem(last=False)
 
     def _num_known(self, keys: Sequence[ChunkKey]) -> int:
-        return bisect_left(keys, True, key=lambda key: key not in self._seen)
+        """Marks up to the last one that was seen before."""
+        return next((number for number in range(len(keys), 0, -1) if keys[number - 1] in self._seen), 0)
 
 
 class Returns:

@@ -131,6 +131,18 @@ def test_half_of_a_prompt_comes_back() -> None:
     assert sum(model.back) == pytest.approx(0.5)
 
 
+def test_a_prompt_may_be_cut_where_an_earlier_one_was_not() -> None:
+    """Marks stand at every chunk and where a conversation was cut: the middle of what is known can be new."""
+    model = Notes()
+    experience = Experience(model)
+    experience.note_answer(["a", "c", "d"], 1, 10, 0.0)
+    experience.note_prompt(["a", "b", "c", "x"], 5.0)
+    assert sum(model.back) == pytest.approx(1.0), "known up to c"
+    experience.note_answer(["a", "b", "c", "x"], 2, 10, 6.0)
+    experience.note_prompt(["a", "b", "y"], 7.0)
+    assert sum(model.back) > 1.0
+
+
 class TestReturns(EvictionContract):
     @pytest.fixture
     def policy(self) -> EvictionPolicy:
