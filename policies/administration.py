@@ -32,7 +32,7 @@ from policies.messages import (
     TurnId,
 )
 from policies.places import STORE_TIERS
-from policies.queue import LAST_PRIORITY
+from policies.queue import LAST_CLASS, Order
 from policies.saving import Saver
 
 EXPECTED, PIN = "expected/", "pin/"  # before a session's name: of its turn in the queue, of its lease
@@ -58,7 +58,7 @@ class Administrator:
         if len(self.expected) >= self._board.config.ghosts:
             self._withdraw(next(iter(self.expected)))
         self.expected[session_id] = name
-        order = self._board.queue.new_order(LAST_PRIORITY)
+        order = self._board.queue.new_order((LAST_CLASS, self._board.now))
         self._board.candidates.refresh_marks(self._board.queue.add(replace(event.turn, turn_id=name), order))
         if event.turn.reuse:
             self._fetcher.note_waiting(order)
@@ -70,7 +70,7 @@ class Administrator:
         if turn.turn_id.startswith(EXPECTED):
             self._withdraw(turn.turn_id.removeprefix(EXPECTED))
 
-    def _cease(self, session_id: SessionId, order: tuple[int, int]) -> None:
+    def _cease(self, session_id: SessionId, order: Order) -> None:
         name = self.expected.get(session_id)
         if name is not None and self._board.queue.order_of(name) == order:
             self._withdraw(session_id)

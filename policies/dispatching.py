@@ -7,6 +7,7 @@ then goes without what is missing; one that finds no room keeps those behind it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from policies.board import Board
 from policies.catalog import INCOMING
@@ -25,33 +26,57 @@ from policies.messages import (
 )
 from policies.ordered import SortedKeys
 from policies.placing import Placer
-from policies.queue import Order
+from policies.queue import LAST_CLASS, Order, QueuePlace
 from policies.restore import Link, find_copy, find_links, live, plan_restore
+from policies.serving_order import ServingOrderPolicy, Submission
 from policies.turns import TurnRecord, TurnState
 
 MAX_ASIDE = 64  # turns that wait for chunks at a time; more keep those behind them waiting
+WAITS_AVERAGED = 64
 WOKEN_PER_NODE = 4  # of the turns that wait for bytes or fetch slots there, after one event
 
 
 class Dispatcher:
     """Gives waiting turns to replicas. `ready` are the orders of the turns in state WAITING."""
 
-    def __init__(self, board: Board, fetcher: Fetcher, placer: Placer) -> None:
+    def __init__(self, board: Board, fetcher: Fetcher, placer: Placer, serving_order: ServingOrderPolicy) -> None:
         self.turns: dict[TurnId, TurnRecord] = {}
         self.ready: SortedKeys[Order] = SortedKeys()
         self.waiting_for: dict[ChunkKey, set[TurnId]] = {}
-        self._board, self._fetcher, self._placer = board, fetcher, placer
+        self._board, self._fetcher, self._placer, self._serving_order = board, fetcher, placer, serving_order
         self._catalog, self._fleet = board.catalog, board.fleet
         self._is_due = False
         self._num_attempts = 0
+        self._recent_wait_s = 0.0  # a moving mean over the turns dispatched last
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
     def submit(self, turn: Turn) -> None:
         """A new attempt: whatever is known of an earlier one is dropped, and stopped where it runs."""
         self.cancel(turn.turn_id)
-        order = self._board.queue.new_order(turn.priority)
+        order = self._board.queue.new_order(self._ask_place(turn))
         self._enqueue(TurnRecord(turn, order, self._board.now))
+
+    def _ask_place(self, turn: Turn) -> QueuePlace:
+        policy, now = self._serving_order, self._board.now
+        submission = Submission(
+            turn=turn,
+            now=now,
+            mean_prompt_tokens=self._board.queue.mean_prompt_tokens or turn.num_prompt_tokens,
+            recent_wait_s=self._recent_wait_s,
+            find_cached_tokens=lambda: self._num_cached(turn),
+        )
+        return self._board.guard.consult(
+            policy,
+            "place",
+            ask=lambda: policy.place(submission),
+            problem=_problem_with,
+            default=lambda: (turn.priority, now),
+        )
+
+    def _num_cached(self, turn: Turn) -> int:
+        links = find_links(turn.prompt, self._catalog, live) if turn.reuse else []
+        return links[-1].end if links else 0
 
     def cancel(self, turn_id: TurnId) -> bool:
         """Forget a turn and stop it where it runs; whether it was known."""
@@ -280,6 +305,7 @@ class Dispatcher:
             turn, self._catalog, self._fleet.places_of(spec.node_id), self._board.sessions.offered_end(turn.session_id)
         )
         self._leave_queue(record)
+        self._recent_wait_s += (self._board.now - record.submitted_at - self._recent_wait_s) / WAITS_AVERAGED
         session = self._board.sessions.get(turn.session_id)
         for chunk, copy in restore.reads:
             self._catalog.use(chunk, session, self._board.now)
@@ -302,3 +328,11 @@ class Dispatcher:
         if lease is not None and lease.deadline == deadline:
             self._catalog.leases.release(owner)
             self._board.counters["overdue.lease"] += 1
+
+
+def _problem_with(place: QueuePlace) -> str | None:
+    kind, arrival = place
+    is_good = (
+        isinstance(kind, int) and isinstance(arrival, int | float) and abs(kind) < LAST_CLASS and isfinite(arrival)
+    )
+    return None if is_good else f"answered {place!r}, not (class, seconds)"

@@ -11,7 +11,7 @@ from policies.dispatching import Dispatcher
 from policies.fleet import Fleet
 from policies.messages import ChunkKey, TurnId
 from policies.places import Place
-from policies.queue import WaitingQueue, needed_marks
+from policies.queue import Order, WaitingQueue, needed_marks
 from policies.turns import TurnState
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def check_queue(queue: WaitingQueue, dispatcher: Dispatcher, administrator: Admi
     ready = {record.order for record in waiting.values() if record.state is TurnState.WAITING}
     assert set(dispatcher.ready) == ready
     awaited: defaultdict[ChunkKey, set[TurnId]] = defaultdict(set)
-    needs: defaultdict[ChunkKey, list[tuple[int, int]]] = defaultdict(list)
+    needs: defaultdict[ChunkKey, list[Order]] = defaultdict(list)
     for turn_id in expected:
         for mark in needed_marks(queue.turn(turn_id)):
             needs[mark].append(queue.order_of(turn_id))

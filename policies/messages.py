@@ -430,8 +430,8 @@ Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel | Forget
 class SchedulerConfig:
     """How the scheduler is tuned. Durations in seconds, shares of a tier's budget between 0 and 1."""
 
-    high_watermark: float = 0.90  # above this share of a tier's budget, eviction starts
-    low_watermark: float = 0.80  # and goes on until this share
+    high_watermark: float = 0.98  # above this share of a tier's budget, eviction starts
+    low_watermark: float = 0.95  # and goes on until this share
     answer_reserve: float = 1.0  # share of max_new_tokens a dispatched turn reserves beside its prompt
     restore_deadline_s: float = 10.0  # a turn at the head of the queue waits this long for its chunks
     lease_s: float = 60.0  # a dispatched turn's chunks are pinned no longer than this
@@ -450,6 +450,7 @@ class SchedulerConfig:
     prefetch: str = "policies.prefetch:LookAhead"
     placement: str = "policies.placement:EarliestStart"
     admission: str = "policies.admission:Always"
+    serving_order: str = "policies.serving_order:LeastUncachedFirst"
     policy_limit_s: float = 0.1  # a policy's answer that takes longer is a fault; see plugins.Guard
     strict_policies: bool = False  # the first fault of a policy ends the run (in the laboratory)
 

@@ -1,6 +1,7 @@
 """The waiting turns in the order in which they want to run, and who needs which mark first.
 
-Order is priority, then arrival. Knows marks, not chunks: which chunk serves a mark is the catalog's business.
+Where a turn stands is said by a policy (serving_order.py), when it comes; then by its arrival. Knows marks, not chunks:
+which chunk serves a mark is the catalog's business.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from bisect import bisect_left, insort
 from policies.messages import ChunkKey, Turn, TurnId
 from policies.ordered import SortedKeys
 
-Order = tuple[int, int]
-"""(priority, arrival number): the lower one goes first. Unique for a turn as long as it waits."""
+QueuePlace = tuple[int, float]
+"""(class, virtual arrival in seconds)"""
 
-FIRST: Order = (-(1 << 62), 0)  # before every turn
-LAST_PRIORITY = 1 << 62  # behind every turn: of those that are only expected
+Order = tuple[int, float, int]
+"""A place and an arrival number: the lower one goes first. Unique for a turn as long as it waits."""
+
+FIRST: Order = (-(1 << 62), 0.0, 0)  # before every turn
+LAST_CLASS = 1 << 62  # behind every turn: of those that are only expected
 
 
 class WaitingQueue:
@@ -38,9 +42,9 @@ class WaitingQueue:
     def __contains__(self, turn_id: TurnId) -> bool:
         return turn_id in self._turns
 
-    def new_order(self, priority: int) -> Order:
+    def new_order(self, place: QueuePlace) -> Order:
         self._num_arrivals += 1
-        return (priority, self._num_arrivals)
+        return (*place, self._num_arrivals)
 
     def add(self, turn: Turn, order: Order) -> list[ChunkKey]:
         """Let the turn wait at `order`; returns the marks whose next use changed. The turn must not be waiting yet."""

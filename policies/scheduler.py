@@ -36,6 +36,7 @@ from policies.plugins import Guard, load_policy, require_verbs
 from policies.prefetch import PrefetchPolicy
 from policies.queue import WaitingQueue
 from policies.saving import Saver
+from policies.serving_order import ServingOrderPolicy
 from policies.sessions import Sessions
 
 MAX_ROUNDS = 8  # of settling after one event; what is left over waits for the next
@@ -45,6 +46,7 @@ _VERBS = {
     "prefetch": ("window", "choose"),
     "placement": ("choose",),
     "admission": ("admit",),
+    "serving_order": ("place",),
 }
 
 
@@ -59,6 +61,7 @@ class Scheduler:
         prefetch: PrefetchPolicy | None = None,
         placement: PlacementPolicy | None = None,
         admission: AdmissionPolicy | None = None,
+        serving_order: ServingOrderPolicy | None = None,
         stopwatch: Callable[[], float] | None = None,
     ) -> None:
         """ValueError, with advice, for a policy that cannot be found or lacks a verb.
@@ -76,7 +79,8 @@ class Scheduler:
         self.saver = Saver(self.board, self.evictor, cast(AdmissionPolicy, self._policy("admission", admission)))
         self.fetcher = Fetcher(self.board, self.evictor, cast(PrefetchPolicy, self._policy("prefetch", prefetch)))
         placer = Placer(self.board, cast(PlacementPolicy, self._policy("placement", placement)))
-        self.dispatcher = Dispatcher(self.board, self.fetcher, placer)
+        order = cast(ServingOrderPolicy, self._policy("serving_order", serving_order))
+        self.dispatcher = Dispatcher(self.board, self.fetcher, placer, order)
         self.administrator = Administrator(self.board, self.dispatcher, self.saver, self.fetcher, self.evictor)
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.TurnSubmitted: lambda event: self._on_submitted(event.turn),

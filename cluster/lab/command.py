@@ -18,7 +18,7 @@ from policies.simulator.hardware import MACHINES, MODELS, SetupError
 from policies.simulator.lab.errors import LabError
 from policies.simulator.lab.naming import DEFAULT_EVICTION
 from policies.simulator.lab.wanted import SETUP_WORDS
-from policies.simulator.simulation import SimulationStuck
+from policies.simulator.simulation import POLICY_KINDS, SimulationStuck
 from policies.simulator.trace import TraceError
 
 NAMES = f"""
@@ -214,8 +214,8 @@ def _add_policies(parser: Any, several: bool = False, strict: bool = True) -> No
         group.add_argument("--eviction", action="append", default=[], help="may be given again")
     else:
         group.add_argument("--eviction")
-    for kind in ("prefetch", "placement", "admission"):
-        group.add_argument(f"--{kind}")
+    for kind in POLICY_KINDS[1:]:
+        group.add_argument(f"--{kind.replace('_', '-')}", metavar="POLICY")
     if strict:
         group.add_argument("--strict", action="store_true", help="the first fault of a policy ends the run")
 

@@ -18,6 +18,7 @@ from policies.simulator.lab.score import cut, look_into, mean_regrets, problems_
 from policies.simulator.lab.timed import TimedJob, by_load, timed_jobs, timed_rows
 from policies.simulator.lab.untimed import hit_rate_jobs, hit_rate_rows
 from policies.simulator.replay import Level
+from policies.simulator.simulation import POLICY_KINDS
 
 Row = dict[str, Any]
 
@@ -91,8 +92,7 @@ def record_log(options: argparse.Namespace, stdout: TextIO) -> int:
 
 
 def replay_log(options: argparse.Namespace, stdout: TextIO) -> int:
-    kinds = ("eviction", "prefetch", "placement", "admission")
-    policies = checked_policies({kind: getattr(options, kind) for kind in kinds})
+    policies = checked_policies({kind: getattr(options, kind) for kind in POLICY_KINDS})
     if policies:
         return _decide_anew(options, policies, stdout)
     found = logs.relived(options.log)

@@ -8,6 +8,7 @@ from policies.simulator.lab.errors import LabError
 from policies.simulator.lab.naming import DEFAULT_EVICTION, Size, checked_policies, parse_size, policy_path
 from policies.simulator.lab.source import Source
 from policies.simulator.lab.wanted import RECORDED, Wanted
+from policies.simulator.simulation import POLICY_KINDS
 
 
 def source_of(options: argparse.Namespace) -> Source:
@@ -17,8 +18,7 @@ def source_of(options: argparse.Namespace) -> Source:
 def wanted_of(options: argparse.Namespace, load: str | None = None) -> Wanted:
     """Set-up and single policies; several evictions are not part of it."""
     eviction = getattr(options, "eviction", None)
-    kinds = ("prefetch", "placement", "admission")
-    given: dict[str, str | None] = {kind: getattr(options, kind, None) for kind in kinds}
+    given: dict[str, str | None] = {kind: getattr(options, kind, None) for kind in POLICY_KINDS}
     given["eviction"] = eviction if isinstance(eviction, str) else None
     return Wanted(
         setup=options.setup,

@@ -32,7 +32,7 @@ class ChunkFacts(Protocol):
     @property
     def last_used(self) -> float: ...  # seconds: saved, raised or read
     @property
-    def next_use(self) -> Order | None: ...  # (priority, rank, arrival) of the first waiting turn that needs it
+    def next_use(self) -> Order | None: ...  # of the first waiting turn that needs it
     @property
     def num_uses(self) -> int: ...  # turns that stored or read it
     @property

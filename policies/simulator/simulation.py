@@ -36,7 +36,7 @@ EventSink = Callable[[float, m.Event, list[m.Command]], None]
 Progress = Callable[[int, int], None]
 """Told now and then how many turns are over, and of how many."""
 
-POLICY_KINDS = ("eviction", "prefetch", "placement", "admission")
+POLICY_KINDS = ("eviction", "prefetch", "placement", "admission", "serving_order")
 PATIENCE_S = 600.0  # virtual seconds in which the scheduler must have found something to do for waiting turns
 TOLD_EVERY = 500  # turns
 
@@ -54,8 +54,8 @@ def simulate(
     progress: Progress | None = None,
     event_sink: EventSink | None = None,
 ) -> SimulationResult:
-    """Run the whole trace. `policies`: import paths or objects by kind (eviction, prefetch, placement, admission), in
-    place of the set-up's; an object serves one run. SetupError, TraceError with advice for what cannot be run."""
+    """Run the whole trace. `policies`: import paths or objects by kind (see POLICY_KINDS), in place of the set-up's; an
+    object serves one run. SetupError, TraceError with advice for what cannot be run."""
     return Simulation(trace, setup, policies=policies, seed=seed, event_sink=event_sink).run(progress)
 
 

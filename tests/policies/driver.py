@@ -139,6 +139,10 @@ def only(commands: Iterable[m.Command], kind: type[CommandT]) -> list[CommandT]:
     return [command for command in commands if isinstance(command, kind)]
 
 
+def dispatched(commands: Iterable[m.Command]) -> list[m.TurnId]:
+    return [command.turn_id for command in only(commands, m.Dispatch)]
+
+
 def the(commands: Iterable[m.Command], kind: type[CommandT]) -> CommandT:
     """The one command of this kind."""
     (command,) = only(commands, kind)

@@ -20,6 +20,7 @@ def make(*, dram: int = 200, ssd: int = 0, bucket: int = 0, **config: object) ->
         "low_watermark": 0.6,
         "prefetch": "policies.prefetch:Off",
         "eviction": "policies.eviction:LookAhead",
+        "serving_order": "policies.serving_order:Fcfs",
     }
     driver = Driver(SchedulerConfig(**{**settings, **config}))  # type: ignore[arg-type]
     driver.join(dram=dram, ssd=ssd, bucket=bucket)

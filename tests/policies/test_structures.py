@@ -109,7 +109,7 @@ def test_the_bucket_is_one_place() -> None:
 def test_the_queue_knows_who_needs_what_first() -> None:
     queue, shared = WaitingQueue(), text(1, 4)
     late, soon = turn_of("late", text(2, 8, after=shared), priority=1), turn_of("soon", shared)
-    orders = [queue.new_order(turn.priority) for turn in (late, soon)]
+    orders = [queue.new_order((turn.priority, 0.0)) for turn in (late, soon)]
     assert queue.add(late, orders[0]) == [mark.key for mark in late.prompt]
     assert queue.add(soon, orders[1]) == [key_of(shared)], "its next use changed"
     assert queue.next_use(key_of(shared)) == orders[1]
@@ -125,7 +125,7 @@ def test_the_queue_knows_who_needs_what_first() -> None:
 
 
 def test_first_is_before_every_priority() -> None:
-    assert WaitingQueue().new_order(-(10**12)) > FIRST
+    assert WaitingQueue().new_order((-(10**12), 0.0)) > FIRST
 
 
 def test_a_copy_is_read_only_when_it_is_committed() -> None:

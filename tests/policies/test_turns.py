@@ -6,7 +6,7 @@ import pytest
 
 from policies import messages as m
 from policies.messages import Cause, SchedulerConfig, Tier
-from tests.policies.driver import Driver, only, the
+from tests.policies.driver import Driver, dispatched, only, the
 from tests.policies.texts import text, turn_of
 
 A, B, D = text(1, 10), text(2, 10), text(3, 10)
@@ -19,10 +19,6 @@ def one() -> Driver:
     driver.join()
     driver.replica(slots=2, tokens=40)
     return driver
-
-
-def dispatched(commands: list[m.Command]) -> list[str]:
-    return [command.turn_id for command in only(commands, m.Dispatch)]
 
 
 def test_a_turn_is_dispatched_started_finished(one: Driver) -> None:
@@ -76,7 +72,9 @@ def test_answer_reserve() -> None:
     assert dispatched(driver.submit("b/1", B, max_new_tokens=20)) == ["b/1"]
 
 
-def test_a_turn_bigger_than_every_replica_runs_alone(one: Driver) -> None:
+def test_a_turn_bigger_than_every_replica_runs_alone() -> None:
+    one = Driver(SchedulerConfig(serving_order="policies.serving_order:Fcfs"))
+    one.replica(tokens=40, slots=2)
     one.submit("a/1", A)
     assert one.submit("big/1", text(9, 60)) == []
     assert one.submit("b/1", B) == [], "those behind the big one wait, so that it gets its room"

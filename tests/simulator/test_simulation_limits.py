@@ -43,8 +43,9 @@ def test_a_busy_link_goes_to_one_after_the_other() -> None:
 def test_two_loads_at_a_time_take_twice_as_long_as_one() -> None:
     """Two conversations of 400 tokens on one node's SSD, which reads 2,000 tokens a second."""
     setup = setup_of(
-        budgets=TierBudgets(dram=33, ssd=2_000, unit="tokens"), scheduler={"prefetch": "policies.prefetch:Off"},
-        replicas_per_node=2, links=replace(LINKS, ssd_write=1e9), tick_s=0.01,
+        budgets=TierBudgets(dram=33, ssd=2_000, unit="tokens"), links=replace(LINKS, ssd_write=1e9),
+        scheduler={"prefetch": "policies.prefetch:Off", "high_watermark": 0.9, "low_watermark": 0.8},
+        replicas_per_node=2, tick_s=0.01,
     )  # fmt: skip
     first = [request(i, 400, session_id=i) for i in range(2)]
     back = [request(2 + i, 401, session_id=i, parent=i, arrival_s=100.0 + wait) for i, wait in enumerate((0.0, 0.0))]
