@@ -70,7 +70,7 @@ def test_an_entry_is_short() -> None:
 
 def test_a_field_with_a_default_may_be_missing() -> None:
     """So a log from before the field existed can be read."""
-    line = b'{"event_log":1,"config":{"eviction":"policies.eviction:Lru","retry_s":0.1},"began_unix_s":1.7e9}\n'
+    line = b'{"event_log":2,"config":{"eviction":"policies.eviction:Lru","retry_s":0.1},"began_unix_s":1.7e9}\n'
     assert list(read_lines([line])) == [(1, HEADER)]
 
 
@@ -118,9 +118,9 @@ def test_a_broken_line_in_the_middle_is_an_error(damaged: bytes) -> None:
 @pytest.mark.parametrize(
     ("line", "advice"),
     [
-        (b'{"event_log":2,"config":{}}', r"version 2, but version 1 is read here: use its own Reprise"),
-        (b'{"event_log":1,"config":{"retry_s":-1}}', r"Header.config: retry_s is -1: choose a number"),
-        (b'{"event_log":1,"config":{"tries":3}}', r"Header.config: SchedulerConfig has no field 'tries': its fields"),
+        (b'{"event_log":3,"config":{}}', r"version 3, but version 2 is read here: use its own Reprise"),
+        (b'{"event_log":2,"config":{"retry_s":-1}}', r"Header.config: retry_s is -1: choose a number"),
+        (b'{"event_log":2,"config":{"tries":3}}', r"Header.config: SchedulerConfig has no field 'tries': its fields"),
         (b"[1,2]", r"\[1, 2\] is not a record of an event log; is this the right file\?"),
         (b'{"now":1.0,"event":{"type":"Tick"}}', r"Entry lacks commands: the line was changed"),
         (b'{"now":1.0,"event":{"type":"Tick"},"commands":[],"mood":1}', r"Entry has no field 'mood': its fields"),
