@@ -97,8 +97,10 @@ class Dispatcher:
             self._board.note_stale("TurnStarted")
             return
         record.move_to(TurnState.RUNNING)
-        self._fleet.replicas[event.replica_id].start(event.turn_id)
+        replica = self._fleet.replicas[event.replica_id]
+        replica.start(event.turn_id)
         self._catalog.leases.release(event.turn_id)
+        self._board.freed_nodes.add(replica.spec.node_id)  # what it read may go
 
     def on_finished(self, event: TurnFinished) -> Turn | None:
         """Its slot is free; the turn, if this was its current attempt."""
@@ -124,7 +126,7 @@ class Dispatcher:
         if replica is None or record is None or not is_current or record.state is not TurnState.DISPATCHED:
             self._board.note_stale("CommandFailed")
             return
-        replica.paused = True
+        replica.pause(True)
         self._board.timers.at(self._board.now + self._board.config.retry_s, self._resume, replica)
         self._release(record, replica)
         self._enqueue(TurnRecord(record.turn, record.order, record.submitted_at, deadline=record.deadline))
@@ -178,15 +180,22 @@ class Dispatcher:
             self._is_due = True
 
     def _resume(self, replica: Replica) -> None:
-        replica.paused = False
+        replica.pause(False)
         self._is_due = True
 
     # --- waiting for chunks -------------------------------------------------------------------------------------------
 
     def note_chunk(self, key: ChunkKey) -> None:
-        """A copy of this chunk came, went or failed: those who wait for it are looked at again."""
+        """A copy of this chunk came, went or failed: who now lacks nothing, or cannot have it, is looked at again."""
+        chunk = self._catalog.chunks.get(key)
         for turn_id in list(self.waiting_for.get(key, ())):
-            self._look_again(self.turns[turn_id])
+            record = self.turns[turn_id]
+            assert record.node_id is not None, "it is brought somewhere"
+            is_there = chunk is not None and find_copy(chunk, self._fleet.places_of(record.node_id)) is not None
+            if is_there and len(record.awaited) > 1:
+                self._await_no_more(record, key)
+            else:
+                self._look_again(record)
 
     def note_freed(self, node_id: NodeId) -> None:
         """Bytes or fetch slots are free there: the first of those who found none are looked at again."""
@@ -226,12 +235,16 @@ class Dispatcher:
         record.move_to(TurnState.FETCHING)
         self.ready.discard(record.order)
 
+    def _await_no_more(self, record: TurnRecord, key: ChunkKey) -> None:
+        record.awaited.remove(key)
+        waiting = self.waiting_for[key]
+        waiting.remove(record.turn.turn_id)
+        if not waiting:
+            del self.waiting_for[key]
+
     def _stop_awaiting(self, record: TurnRecord) -> None:
-        for key in record.awaited:
-            self.waiting_for[key].discard(record.turn.turn_id)
-            if not self.waiting_for[key]:
-                del self.waiting_for[key]
-        record.awaited = set()
+        for key in list(record.awaited):
+            self._await_no_more(record, key)
         if record.state is TurnState.FETCHING:
             assert record.node_id is not None
             self._board.awaiting.discard(record.order)
@@ -258,8 +271,7 @@ class Dispatcher:
             num_held_up += 1  # by its own earlier attempt, for which those behind it need not wait
 
     def _may_go_on(self) -> bool:
-        has_slot = any(replica.is_open for replica in self._fleet.replicas.values())
-        return has_slot and len(self._board.awaiting) < MAX_ASIDE
+        return bool(self._fleet.open) and len(self._board.awaiting) < MAX_ASIDE
 
     def _is_stale(self, turn_id: TurnId) -> bool:
         return any(turn_id in replica.stale for replica in self._fleet.replicas.values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, auto
+from itertools import islice
 
 from policies.board import Board
 from policies.catalog import INCOMING, Chunk, Copy, CopyState
@@ -18,6 +19,8 @@ from policies.queue import Order
 from policies.restore import find_links, live
 
 TURNS_PER_PASS = 4  # waiting turns looked at for prefetching after one event
+WOKEN_PER_NODE = 2  # of those parked on a node, when there may be slots or bytes
+NODES_PER_TICK = 8  # whose parked turns are looked at although nothing is known to have changed
 
 
 class FetchOutcome(Enum):
@@ -33,11 +36,14 @@ class Fetcher:
     """Raises chunks into DRAM.
 
     `unready` are the waiting turns that may have chunks to be fetched. A turn leaves it when all its chunks are in DRAM
-    or under way, and comes back when one of them arrives, fails or goes.
+    or under way, and comes back when one of them arrives, fails or goes. One that found no slot or no bytes on its node
+    is `parked` there until some may be had: nobody is looked at in vain at every event.
     """
 
     def __init__(self, board: Board, evictor: Evictor, policy: PrefetchPolicy) -> None:
         self.unready: SortedKeys[Order] = SortedKeys()
+        self.parked: dict[NodeId, SortedKeys[Order]] = {}
+        self._parked_at: dict[Order, NodeId] = {}
         self._board, self._evictor, self._policy = board, evictor, policy
         self._catalog = board.catalog
         self._is_due = False
@@ -120,33 +126,63 @@ class Fetcher:
 
     def note_waiting(self, order: Order) -> None:
         """A turn waits, or a chunk that it needs left DRAM."""
+        self._unpark(order)
         self.unready.add(order)
         self._is_due = self._is_due or self.unready.position(order) < TURNS_PER_PASS
 
     def note_gone(self, order: Order, marks: Sequence[ChunkKey]) -> None:
         """A turn waits no more; `marks` are those that others now need first. What it left to be fetched is theirs."""
-        if self.unready.discard(order):
-            heirs = [self._board.queue.next_use(mark) for mark in marks]
-            for heir in heirs:
+        was_parked = self._unpark(order)
+        if self.unready.discard(order) or was_parked:
+            for heir in {self._board.queue.next_use(mark): None for mark in marks}:
                 if heir is not None:
+                    self._unpark(heir)
                     self.unready.add(heir)
         self._is_due = True
 
-    def note_change(self) -> None:
-        """Bytes, slots or time: another look may find more to do."""
+    def note_freed(self, node_id: NodeId) -> None:
+        """Bytes or slots may be had there: the first that are parked there are looked at again."""
+        for order in self.parked[node_id].first(WOKEN_PER_NODE) if node_id in self.parked else ():
+            self._unpark(order)
+            self.unready.add(order)
         self._is_due = True
+
+    def note_time(self) -> None:
+        """Time has passed: whatever was overlooked is found in the end."""
+        for node_id in list(islice(self.parked, NODES_PER_TICK)):
+            self.note_freed(node_id)
+            if node_id in self.parked:
+                self.parked[node_id] = self.parked.pop(node_id)  # the others come first next time
+        self._is_due = True
+
+    def _park(self, order: Order, node_id: NodeId) -> None:
+        self.unready.discard(order)
+        self.parked.setdefault(node_id, SortedKeys()).add(order)
+        self._parked_at[order] = node_id
+
+    def _unpark(self, order: Order) -> bool:
+        """Whether it was parked."""
+        node_id = self._parked_at.pop(order, None)
+        if node_id is None:
+            return False
+        orders = self.parked[node_id]
+        orders.discard(order)
+        if not orders:
+            del self.parked[node_id]
+        return True
 
     def note_fleet(self) -> None:
         """Nodes or replicas came or went: turns may run elsewhere now, and need their chunks there."""
         queue = self._board.queue
         for turn_id in queue.first(self._ask_window()):
             if queue.turn(turn_id).reuse:
+                self._unpark(queue.order_of(turn_id))
                 self.unready.add(queue.order_of(turn_id))
         self._is_due = True
 
     def prefetch(self) -> None:
         """One pass over the first unready turns inside the policy's window, if anything changed since the last one."""
-        if not self._is_due or not self.unready or not self._has_slot():
+        if not self._is_due or not self.unready:
             return
         self._is_due = False
         window = self._ask_window()
@@ -165,30 +201,32 @@ class Fetcher:
                 self.unready.discard(order)
                 self._is_due = True
         if needs:
-            self._fetch_ahead(self._ask_choice(needs))
+            self._fetch_ahead(needs, self._ask_choice(needs))
 
-    def _has_slot(self) -> bool:
-        """Whether any node with a replica can start another fetch."""
-        accounts = (self._catalog.accounts.get(Place(node_id, Tier.DRAM)) for node_id in self._board.fleet.hosts)
-        limit = self._board.config.max_fetches_in_flight
-        return any(account is not None and account.num_fetching < limit for account in accounts)
-
-    def _fetch_ahead(self, needs: Iterable[FetchNeed]) -> None:
-        """Issue what can be issued now; a node without slots or bytes waits until something changes there.
+    def _fetch_ahead(self, needs: Iterable[FetchNeed], chosen: Iterable[FetchNeed]) -> None:
+        """Issue what can be issued now; who finds a node without slots or bytes waits until there may be some.
 
         DRAM is filled no further than to the low watermark: the rest is for new chunks, whose coming would otherwise
         push out again what was just raised.
         """
         full: set[NodeId] = set()
-        for need in needs:
+        left = Counter(need.turn_id for need in needs)
+        for need in chosen:
             chunk = self._catalog.chunks.get(need.chunk)
-            node = self._board.fleet.nodes[need.node_id]
-            if chunk is None or need.node_id in full:
+            if chunk is None:
                 continue
             order = self._board.queue.order_of(need.turn_id)
-            outcome = self.fetch(chunk, node, order, self._board.config.low_watermark)
-            if outcome is not FetchOutcome.ON_ITS_WAY:
+            if need.node_id not in full:
+                node = self._board.fleet.nodes[need.node_id]
+                outcome = self.fetch(chunk, node, order, self._board.config.low_watermark)
+                if outcome is FetchOutcome.ON_ITS_WAY:
+                    left[need.turn_id] -= 1
+                    if not left[need.turn_id]:
+                        self.unready.discard(order)
+                    continue
                 full.add(need.node_id)
+            self._park(order, need.node_id)
+        self._is_due = self._is_due or bool(full) or not all(left.values())
 
     def _find_needs(self, turn: Turn) -> list[FetchNeed]:
         """What the turn would read and is neither in DRAM where it will probably run nor on its way there."""
@@ -220,18 +258,23 @@ class Fetcher:
 
     def _likely_node(self, chunks: Sequence[Chunk]) -> Node | None:
         """The node with a replica and DRAM that holds most tokens of these chunks; with none, the emptiest one."""
-        fleet = self._board.fleet
-        held: Counter[NodeId] = Counter()
+        hosts = self._board.fleet.hosts
+        held: dict[NodeId, int] = {}
         for chunk in chunks:
             for node_id in {place.node_id for place, copy in chunk.copies.items() if copy.is_live}:
-                held[node_id] += chunk.end - chunk.start
+                if node_id in hosts:
+                    held[node_id] = held.get(node_id, 0) + chunk.end - chunk.start
+        return self._best_node(held) or (self._best_node(dict.fromkeys(hosts, 0)) if chunks else None)
+
+    def _best_node(self, held: Mapping[NodeId, int]) -> Node | None:
+        """Of these nodes, as far as they have DRAM, the one that holds most tokens, the emptiest among equals."""
         best: tuple[tuple[int, int, NodeId], Node] | None = None
-        for node_id in fleet.hosts:
-            node = fleet.nodes.get(node_id)
-            account = self._catalog.accounts.get(Place(node_id, Tier.DRAM))
+        for node_id, num_tokens in held.items():
+            node = self._board.fleet.nodes.get(node_id)
+            account = self._catalog.accounts.get(node.dram) if node is not None else None
             if node is None or account is None:
                 continue
-            rank = (-held[node_id], account.filled_bytes - account.budget_bytes, node_id)
+            rank = (-num_tokens, account.filled_bytes - account.budget_bytes, node_id)
             if best is None or rank < best[0]:
                 best = (rank, node)
         return best[1] if best else None

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from policies.messages import NodeId, NodeJoined, ReplicaId, ReplicaReady, Tier, TierSpec, TurnId
+from policies.ordered import SortedKeys
 from policies.places import STORE_TIERS, Place, place_of
+
+Load = tuple[float, float, ReplicaId]
+"""Shares of the slots and of the tokens in use; the lower one is less loaded."""
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +23,7 @@ class Replica:
     """
 
     spec: ReplicaReady
+    changed: Callable[[Replica], None]  # hears of every change of `load` and `is_open`
     running: dict[TurnId, int] = field(default_factory=dict)
     stale: dict[TurnId, int] = field(default_factory=dict)
     stale_attempts: dict[TurnId, int] = field(default_factory=dict)
@@ -26,6 +32,7 @@ class Replica:
     num_queued_tokens: int = 0
     paused: bool = False  # a dispatch failed a moment ago
     closing: bool = False  # takes no further turns
+    listed_as: Load | None = None  # how the fleet knows it; None: it is not open
 
     @property
     def num_turns(self) -> int:
@@ -35,11 +42,26 @@ class Replica:
     def is_open(self) -> bool:
         return not self.paused and not self.closing and self.num_turns < self.spec.max_running_turns
 
+    @property
+    def load(self) -> Load:
+        spec = self.spec
+        turns = self.num_turns / max(1, spec.max_running_turns)
+        return (turns, self.num_tokens / max(1, spec.max_running_tokens), spec.replica_id)
+
+    def pause(self, is_paused: bool) -> None:
+        self.paused = is_paused
+        self.changed(self)
+
+    def close(self) -> None:
+        self.closing = True
+        self.changed(self)
+
     def take(self, turn_id: TurnId, num_tokens: int, num_uncached_tokens: int) -> None:
         self.running[turn_id] = num_tokens
         self.queued[turn_id] = num_uncached_tokens
         self.num_tokens += num_tokens
         self.num_queued_tokens += num_uncached_tokens
+        self.changed(self)
 
     def start(self, turn_id: TurnId) -> None:
         self.num_queued_tokens -= self.queued.pop(turn_id, 0)
@@ -48,12 +70,14 @@ class Replica:
         """The turn's slot and tokens are free."""
         self.start(turn_id)
         self.num_tokens -= self.running.pop(turn_id)
+        self.changed(self)
 
     def make_stale(self, turn_id: TurnId, attempt: int) -> None:
         """This attempt of the turn is not wanted any more, but its slot is still taken."""
         self.start(turn_id)
         self.stale[turn_id] = self.running.pop(turn_id)
         self.stale_attempts[turn_id] = attempt
+        self.changed(self)
 
     def release_stale(self, turn_id: TurnId, attempt: int | None) -> bool:
         """Free the slot of this attempt (None: of any); False when it holds none."""
@@ -61,6 +85,7 @@ class Replica:
             return False
         self.num_tokens -= self.stale.pop(turn_id)
         del self.stale_attempts[turn_id]
+        self.changed(self)
         return True
 
 
@@ -71,6 +96,8 @@ class Node:
     node_id: NodeId
     tiers: dict[Tier, TierSpec]
     places: tuple[Place, ...]
+    dram: Place
+    """Where its DRAM is, if it has any."""
 
     def below(self, tier: Tier) -> Place | None:
         """The next lower tier that this node has."""
@@ -84,6 +111,8 @@ class Fleet:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
         self.replicas: dict[ReplicaId, Replica] = {}
+        self.open: SortedKeys[Load] = SortedKeys()  # the replicas that can take a turn, least loaded first
+        self.on_node: dict[NodeId, dict[ReplicaId, Replica]] = {}
         self.hosts: Counter[NodeId] = Counter()  # nodes and their numbers of replicas; without closing ones
         self.largest_tokens = 0  # the biggest replica's capacity; without closing ones
         self.dram_budget_bytes = 0
@@ -92,7 +121,7 @@ class Fleet:
     def add_node(self, event: NodeJoined) -> Node:
         tiers = {spec.tier: spec for spec in event.tiers if spec.tier in STORE_TIERS}
         places = tuple(place_of(event.node_id, tier) for tier in STORE_TIERS if tier in tiers)
-        node = self.nodes[event.node_id] = Node(event.node_id, tiers, places)
+        node = self.nodes[event.node_id] = Node(event.node_id, tiers, places, Place(event.node_id, Tier.DRAM))
         self._sum_budgets()
         return node
 
@@ -101,20 +130,35 @@ class Fleet:
         self._sum_budgets()
 
     def add_replica(self, spec: ReplicaReady) -> Replica:
-        replica = self.replicas[spec.replica_id] = Replica(spec)
+        replica = self.replicas[spec.replica_id] = Replica(spec, self._relist)
+        self.on_node.setdefault(spec.node_id, {})[spec.replica_id] = replica
+        self._relist(replica)
         self._count_replicas()
         return replica
 
     def remove_replica(self, replica_id: ReplicaId) -> None:
-        self.replicas.pop(replica_id, None)
+        replica = self.replicas.pop(replica_id, None)
+        if replica is None:
+            return
+        if replica.listed_as is not None:
+            self.open.discard(replica.listed_as)
+        replica.changed = _nobody  # timers may still know it
+        neighbours = self.on_node[replica.spec.node_id]
+        del neighbours[replica_id]
+        if not neighbours:
+            del self.on_node[replica.spec.node_id]
         self._count_replicas()
 
     def close_replica(self, replica_id: ReplicaId) -> None:
-        self.replicas[replica_id].closing = True
+        self.replicas[replica_id].close()
         self._count_replicas()
 
     def replicas_on(self, node_id: NodeId) -> list[ReplicaId]:
-        return [replica_id for replica_id, replica in self.replicas.items() if replica.spec.node_id == node_id]
+        return list(self.on_node.get(node_id, ()))
+
+    def open_replicas(self) -> Iterator[Replica]:
+        """Those that can take a turn, least loaded first."""
+        return (self.replicas[replica_id] for *_, replica_id in self.open)
 
     def places_of(self, node_id: NodeId) -> tuple[Place, ...]:
         node = self.nodes.get(node_id)
@@ -141,6 +185,16 @@ class Fleet:
             return place.node_id if place.node_id in self.nodes else None
         return next((node.node_id for node in self.nodes.values() if place in node.places), None)
 
+    def _relist(self, replica: Replica) -> None:
+        load = replica.load if replica.is_open else None
+        if load == replica.listed_as:
+            return
+        if replica.listed_as is not None:
+            self.open.discard(replica.listed_as)
+        if load is not None:
+            self.open.add(load)
+        replica.listed_as = load
+
     def _count_replicas(self) -> None:
         specs = [replica.spec for replica in self.replicas.values() if not replica.closing]
         self.hosts = Counter(spec.node_id for spec in specs)
@@ -151,3 +205,7 @@ class Fleet:
             return sum(node.tiers[tier].budget_bytes for node in self.nodes.values() if tier in node.tiers)
 
         self.dram_budget_bytes, self.ssd_budget_bytes = total(Tier.DRAM), total(Tier.SSD)
+
+
+def _nobody(_replica: Replica) -> None:
+    """Hears of changes of a replica that is gone."""

@@ -215,7 +215,9 @@ def check_replicas(fleet: Fleet, dispatcher: Dispatcher) -> None:
             assert record.replica_id is not None
             placed[record.replica_id].add(turn_id)
     assert placed.keys() <= fleet.replicas.keys(), "a turn runs on a replica that is not known"
+    assert set(fleet.open) == {replica.load for replica in fleet.replicas.values() if replica.is_open}
     for replica_id, replica in fleet.replicas.items():
+        assert fleet.on_node[replica.spec.node_id][replica_id] is replica
         assert set(replica.running) == placed[replica_id]
         assert replica.stale.keys() == replica.stale_attempts.keys()
         assert replica.queued.keys() <= replica.running.keys()

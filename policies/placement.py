@@ -28,7 +28,11 @@ class ReplicaOption:
 
 
 class PlacementPolicy(Protocol):
-    """Chooses among replicas that have room now. Changes nothing."""
+    """Chooses among replicas that have room now. Changes nothing.
+
+    A policy that needs not see all of a big cluster has a number `enough`: then it is offered the replicas on nodes
+    that hold some of the turn's chunks, and the least loaded others up to that number.
+    """
 
     def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:
         """One of the options' replicas; `options` is never empty."""
@@ -36,6 +40,8 @@ class PlacementPolicy(Protocol):
 
 class LeastLoaded:
     """The replica with the smallest share of its slots, then of its tokens, in use. Blind to where the KV is."""
+
+    enough = 1
 
     def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:  # noqa: ARG002 - the contract
         return min(options, key=_load).replica_id
@@ -47,6 +53,8 @@ class EarliestStart:
     A conversation stays where its KV is until that replica is so busy that moving or recomputing the KV is faster
     (the idea of cache-aware load balancing; estimates, so ties and near-ties go to the less loaded replica).
     """
+
+    enough = 16
 
     def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:  # noqa: ARG002 - the contract
         return min(options, key=lambda option: (round(_start_s(option), 3), *_load(option))).replica_id

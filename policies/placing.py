@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from policies.board import Board
 from policies.catalog import Chunk
@@ -28,18 +28,32 @@ class Placer:
     def find(self, turn: Turn, links: Sequence[Link], node_id: NodeId | None) -> Replica | None:
         """A replica with room for the turn, whose `links` are in reach; one on `node_id`, if there is one."""
         num_tokens = self.num_tokens(turn)
-        replicas = [
-            replica
-            for replica in self._fleet.replicas.values()
-            if turn.turn_id not in replica.stale and self._fleet.has_room(replica, num_tokens)
-        ]
-        if node_id is not None:
-            replicas = [replica for replica in replicas if replica.spec.node_id == node_id] or replicas
+        replicas = self._with_room(turn, num_tokens, [node_id]) if node_id is not None else []
+        replicas = replicas or self._find_options(turn, num_tokens, links)
         if not replicas:
             return None
         estimates = {node: self._estimate(turn, links, node) for node in {r.spec.node_id for r in replicas}}
         options = [_option(replica, turn, *estimates[replica.spec.node_id]) for replica in replicas]
         return self._fleet.replicas[self._ask(turn, options)]
+
+    def _find_options(self, turn: Turn, num_tokens: int, links: Sequence[Link]) -> list[Replica]:
+        """All replicas with room; if the policy needs no more, those where its chunks are and the least loaded ones."""
+        enough = getattr(self._policy, "enough", None)
+        nodes = {place.node_id: None for link in links for place in link.chunk.copies} if enough is not None else {}
+        replicas = self._with_room(turn, num_tokens, nodes)
+        for replica in self._fleet.open_replicas():
+            if enough is not None and len(replicas) >= enough:
+                break
+            if replica.spec.node_id not in nodes and self._is_option(replica, turn, num_tokens):
+                replicas.append(replica)
+        return replicas
+
+    def _with_room(self, turn: Turn, num_tokens: int, node_ids: Iterable[NodeId]) -> list[Replica]:
+        found = (replica for node_id in node_ids for replica in self._fleet.on_node.get(node_id, {}).values())
+        return [replica for replica in found if self._is_option(replica, turn, num_tokens)]
+
+    def _is_option(self, replica: Replica, turn: Turn, num_tokens: int) -> bool:
+        return turn.turn_id not in replica.stale and self._fleet.has_room(replica, num_tokens)
 
     def _estimate(self, turn: Turn, links: Sequence[Link], node_id: NodeId) -> tuple[int, float]:
         """(tokens of the turn that can be reused on this node, seconds to load them)."""

@@ -36,24 +36,22 @@ def find_links(prompt: Sequence[Mark], catalog: Catalog, usable: Usable) -> list
     From each position the marks ahead are tried until one belongs to a later chunk; the furthest usable one counts.
     """
     links: list[Link] = []
-    position = first = 0
-    while first < len(prompt):
-        best: tuple[Link, int] | None = None
-        for number in range(first, len(prompt)):
-            mark = prompt[number]
-            carriers = catalog.carriers(mark.key)
-            if not carriers:
-                continue
+    position, best = 0, None
+    for mark in prompt:
+        carriers = catalog.carriers(mark.key)
+        if not carriers:
+            continue
+        if any([chunk.start > position for chunk in carriers]):  # noqa: C419 - a list is faster for one or two
+            if best is None:
+                return links
+            links.append(best)
+            position, best = best.end, None
             if any(chunk.start > position for chunk in carriers):
-                break
-            chunk = _best(carriers, position, usable)
-            if chunk is not None:
-                best = (Link(chunk, mark.end), number)
-        if best is None:
-            break
-        links.append(best[0])
-        position, first = best[0].end, best[1] + 1
-    return links
+                return links
+        chunk = _best(carriers, position, usable)
+        if chunk is not None:
+            best = Link(chunk, mark.end)
+    return links if best is None else [*links, best]
 
 
 def _best(carriers: Sequence[Chunk], position: int, usable: Usable) -> Chunk | None:

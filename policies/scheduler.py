@@ -158,7 +158,7 @@ class Scheduler:
         for node_id in sorted(nodes):
             self.saver.retry(node_id)
             self.dispatcher.note_freed(node_id)
-            self.fetcher.note_change()
+            self.fetcher.note_freed(node_id)
 
     # --- events that concern several desks ----------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Scheduler:
     def _on_tick(self, _: m.Tick) -> None:
         self.board.catalog.expire(self.board.now - self.config.session_ttl_s)
         self.board.changed_places.update(self.board.catalog.accounts)
-        self.fetcher.note_change()
+        self.fetcher.note_time()
 
     # --- looking in ---------------------------------------------------------------------------------------------------
 
