@@ -2,11 +2,14 @@
 
 Turns go in the order of the queue. One that waits for chunks steps aside until they are there, or its deadline is, and
 then goes without what is missing; one that finds no room keeps those behind it waiting, so that big turns get theirs.
+When only replicas far from a turn's chunks are free, turns that came little later and have theirs there go before it
+(delay scheduling, Zaharia et al. 2010, without its idling: if there is none of those, it goes at once).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from math import isfinite
 
 from policies.board import Board
@@ -32,6 +35,7 @@ from policies.serving_order import ServingOrderPolicy, Submission
 from policies.turns import TurnRecord, TurnState
 
 MAX_ASIDE = 64  # turns that wait for chunks at a time; more keep those behind them waiting
+MAX_LOCAL = 8  # open replicas for which a turn at home is looked for
 WAITS_AVERAGED = 64
 WOKEN_PER_NODE = 4  # of the turns that wait for bytes or fetch slots there, after one event
 
@@ -42,6 +46,7 @@ class Dispatcher:
     def __init__(self, board: Board, fetcher: Fetcher, placer: Placer, serving_order: ServingOrderPolicy) -> None:
         self.turns: dict[TurnId, TurnRecord] = {}
         self.ready: SortedKeys[Order] = SortedKeys()
+        self.ready_at: dict[NodeId | None, SortedKeys[Order]] = {}  # the same by their homes
         self.waiting_for: dict[ChunkKey, set[TurnId]] = {}
         self._board, self._fetcher, self._placer, self._serving_order = board, fetcher, placer, serving_order
         self._catalog, self._fleet = board.catalog, board.fleet
@@ -143,14 +148,14 @@ class Dispatcher:
         turn = record.turn
         self.turns[turn.turn_id] = record
         self._board.candidates.refresh_marks(self._board.queue.add(turn, record.order))
-        self.ready.add(record.order)
+        self._make_ready(record)
         if turn.reuse:
             self._fetcher.note_waiting(record.order)
         self._is_due = True
 
     def _leave_queue(self, record: TurnRecord) -> None:
         self._stop_awaiting(record)
-        self.ready.discard(record.order)
+        self._make_unready(record)
         marks = self._board.queue.remove(record.turn.turn_id)
         self._board.candidates.refresh_marks(marks)
         self._fetcher.note_gone(record.order, marks)
@@ -204,6 +209,10 @@ class Dispatcher:
     def note_lost(self, node_id: NodeId) -> None:
         """The node is gone, and with it what turns waited for there."""
         self._wake(node_id, len(self.turns))
+        for order in list(self.ready_at.get(node_id, ())):
+            record = self._ready_turn(order)
+            self._make_unready(record)
+            self._make_ready(record)
 
     def _wake(self, node_id: NodeId, count: int) -> None:
         for order in self._board.claimants(node_id, count):
@@ -220,8 +229,28 @@ class Dispatcher:
         if record.state is TurnState.FETCHING and self.turns.get(record.turn.turn_id) is record:
             self._stop_awaiting(record)
             record.move_to(TurnState.WAITING)
-            self.ready.add(record.order)
+            self._make_ready(record)
             self._is_due = True
+
+    def _make_ready(self, record: TurnRecord) -> None:
+        self.ready.add(record.order)
+        record.home = self._find_home(record.turn)
+        self.ready_at.setdefault(record.home, SortedKeys()).add(record.order)
+
+    def _make_unready(self, record: TurnRecord) -> None:
+        """It may be so already."""
+        if not self.ready.discard(record.order):
+            return
+        orders = self.ready_at[record.home]
+        orders.discard(record.order)
+        if not orders:
+            del self.ready_at[record.home]
+
+    def _find_home(self, turn: Turn) -> NodeId | None:
+        if not turn.reuse or len(self._fleet.hosts) < 2:
+            return None
+        node = self._fetcher.likely_node([link.chunk for link in find_links(turn.prompt, self._catalog, live)])
+        return node.node_id if node is not None else None
 
     def _await(self, record: TurnRecord, node_id: NodeId, chunks: Iterable[ChunkKey]) -> None:
         if record.deadline is None:
@@ -233,7 +262,7 @@ class Dispatcher:
         for key in record.awaited:
             self.waiting_for.setdefault(key, set()).add(record.turn.turn_id)
         record.move_to(TurnState.FETCHING)
-        self.ready.discard(record.order)
+        self._make_unready(record)
 
     def _await_no_more(self, record: TurnRecord, key: ChunkKey) -> None:
         record.awaited.remove(key)
@@ -262,13 +291,29 @@ class Dispatcher:
             orders = self.ready.first(num_held_up + 1)
             if len(orders) <= num_held_up:
                 return
-            turn_id = self._board.queue.turn_at(orders[-1])
-            assert turn_id is not None, "only waiting turns are ready"
-            if self._try(self.turns[turn_id]):
+            first = orders[-1]
+            local = self._find_local(first)
+            if (local is not None and self._try(self._ready_turn(local))) or self._try(self._ready_turn(first)):
                 continue
-            if not self._is_stale(turn_id):
+            if not self._is_stale(self._ready_turn(first).turn.turn_id):
                 return
             num_held_up += 1  # by its own earlier attempt, for which those behind it need not wait
+
+    def _ready_turn(self, order: Order) -> TurnRecord:
+        turn_id = self._board.queue.turn_at(order)
+        assert turn_id is not None, "only waiting turns are ready"
+        return self.turns[turn_id]
+
+    def _find_local(self, first: Order) -> Order | None:
+        """Who goes before the first turn in the queue, because it has its chunks where a replica is free, or none."""
+        home = self._ready_turn(first).home
+        if home is None or any(replica.is_open for replica in self._fleet.on_node.get(home, {}).values()):
+            return None
+        nodes = {replica.spec.node_id for replica in islice(self._fleet.open_replicas(), MAX_LOCAL)}
+        lowest = [orders.lowest() for node in (None, *nodes) if (orders := self.ready_at.get(node)) is not None]
+        local = min((order for order in lowest if order is not None), default=None)
+        latest = (first[0], first[1] + self._board.config.locality_s)
+        return local if local is not None and local[:2] <= latest else None
 
     def _may_go_on(self) -> bool:
         return bool(self._fleet.open) and len(self._board.awaiting) < MAX_ASIDE

@@ -231,7 +231,7 @@ class Fetcher:
     def _find_needs(self, turn: Turn) -> list[FetchNeed]:
         """What the turn would read and is neither in DRAM where it will probably run nor on its way there."""
         links = find_links(turn.prompt, self._catalog, live)
-        node = self._likely_node([link.chunk for link in links])
+        node = self.likely_node([link.chunk for link in links])
         if node is None:
             return []
         place = Place(node.node_id, Tier.DRAM)
@@ -256,7 +256,7 @@ class Fetcher:
             )
         return needs
 
-    def _likely_node(self, chunks: Sequence[Chunk]) -> Node | None:
+    def likely_node(self, chunks: Sequence[Chunk]) -> Node | None:
         """The node with a replica and DRAM that holds most tokens of these chunks; with none, the emptiest one."""
         hosts = self._board.fleet.hosts
         held: dict[NodeId, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from policies.administration import Administrator
@@ -190,6 +191,9 @@ def check_queue(queue: WaitingQueue, dispatcher: Dispatcher, administrator: Admi
     assert last is None or all(queue.order_of(turn_id) > last for turn_id in expected)
     ready = {record.order for record in waiting.values() if record.state is TurnState.WAITING}
     assert set(dispatcher.ready) == ready
+    assert sorted(chain.from_iterable(dispatcher.ready_at.values())) == sorted(ready)
+    for home, local in dispatcher.ready_at.items():
+        assert all(dispatcher.turns[queue.turn_at(order) or ""].home == home for order in local)
     awaited: defaultdict[ChunkKey, set[TurnId]] = defaultdict(set)
     needs: defaultdict[ChunkKey, list[Order]] = defaultdict(list)
     for turn_id in expected:

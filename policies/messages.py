@@ -441,6 +441,7 @@ class SchedulerConfig:
     max_pending_offers: int = 1024  # per node; more are declined at once
     write_through: bool = True  # copy new chunks to the lower tier at once; evicting them is then free
     max_fetches_in_flight: int = 8  # per node
+    locality_s: float = 30.0  # whose KV is where a slot is free goes before others that came up to this much earlier
     network_bytes_per_s: float = 0.5e9  # between nodes, for estimates only
     session_ttl_s: float = 3600.0  # chunks of sessions silent for longer go first
     ghosts: int = (
@@ -468,6 +469,8 @@ class SchedulerConfig:
         for name in ("max_pending_offers", "max_fetches_in_flight", "ghosts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose 1 or more")
+        if not self.locality_s >= 0.0:
+            raise ValueError(f"locality_s is {self.locality_s}: choose seconds, 0 for the order of the queue alone")
         if not self.network_bytes_per_s > 0.0:
             raise ValueError(f"network_bytes_per_s is {self.network_bytes_per_s}: choose a rate above 0")
 

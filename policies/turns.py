@@ -41,6 +41,7 @@ class TurnRecord:
     replica_id: ReplicaId | None = None
     attempt: int = 0  # of its Dispatch
     node_id: NodeId | None = None
+    home: NodeId | None = None  # which node holds most of what it will read, as far as known
     deadline: float | None = None  # of waiting for chunks; set when it first waits for some
     awaited: set[ChunkKey] = field(default_factory=set)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from policies import messages as m
@@ -328,3 +330,76 @@ def test_time_never_runs_backwards(one: Driver) -> None:
     one.now = 50.0
     one.feed(m.TurnSubmitted(turn_of("a/1", A)))
     assert one.scheduler.board.now == 100.0
+
+
+# --- locality ---------------------------------------------------------------------------------------------------------
+
+
+def two_nodes(**config: Any) -> Driver:
+    """A's chunks lie on n1, B's on n2; one slot each, both taken."""
+    driver = Driver(SchedulerConfig(serving_order="policies.serving_order:Fcfs", **config))
+    for number in (1, 2):
+        driver.join(f"n{number}")
+        driver.replica(f"r{number}", f"n{number}", slots=1)
+    for number, tokens in ((1, A), (2, B)):
+        driver.store(tokens, node_id=f"n{number}", replica_id=f"r{number}")
+    assert dispatched(driver.submit("x/1", text(8, 4)) + driver.submit("y/1", text(9, 4))) == ["x/1", "y/1"]
+    return driver
+
+
+def finish_on(driver: Driver, replica_id: str) -> list[m.Command]:
+    [turn_id] = driver.scheduler.board.fleet.replicas[replica_id].running
+    return driver.finish(turn_id, replica_id)
+
+
+def is_brought_to_n2(heard: list[m.Command]) -> bool:
+    """Whether a's chunks go where the slot is: it was the first to be thought of."""
+    return {(fetch.node_id, fetch.source_node) for fetch in only(heard, m.Fetch)} == {("n2", "n1")}
+
+
+def test_a_turn_goes_first_where_its_chunks_are() -> None:
+    driver = two_nodes()
+    driver.submit("a/2", text(3, 4, after=A))
+    driver.submit("b/2", text(4, 4, after=B))
+    heard = finish_on(driver, "r2")
+    assert not only(heard, m.Fetch)
+    [dispatch] = only(heard, m.Dispatch)
+    assert (dispatch.turn_id, dispatch.replica_id) == ("b/2", "r2")
+    [dispatch] = only(finish_on(driver, "r1"), m.Dispatch)
+    assert (dispatch.turn_id, dispatch.replica_id) == ("a/2", "r1")
+
+
+def test_new_text_is_at_home_everywhere() -> None:
+    driver = two_nodes()
+    driver.submit("a/2", text(3, 4, after=A))
+    driver.submit("new/1", text(5, 8))
+    assert dispatched(finish_on(driver, "r2")) == ["new/1"]
+
+
+def test_who_came_much_later_does_not_go_before() -> None:
+    driver = two_nodes(locality_s=5.0)
+    driver.submit("a/2", text(3, 4, after=A))
+    driver.wait(6.0)
+    driver.submit("b/2", text(4, 4, after=B))
+    assert is_brought_to_n2(finish_on(driver, "r2"))
+
+
+def test_a_more_urgent_turn_is_not_passed_over() -> None:
+    driver = two_nodes()
+    driver.submit("a/2", text(3, 4, after=A), priority=-1)
+    driver.submit("b/2", text(4, 4, after=B))
+    assert is_brought_to_n2(finish_on(driver, "r2"))
+
+
+def test_no_slot_idles_for_the_sake_of_locality() -> None:
+    driver = two_nodes()
+    driver.submit("a/2", text(3, 4, after=A))
+    assert is_brought_to_n2(finish_on(driver, "r2"))
+
+
+def test_turns_at_home_on_a_lost_node_find_another() -> None:
+    driver = two_nodes()
+    driver.submit("a/2", text(3, 4, after=A))
+    driver.submit("b/2", text(4, 4, after=B))
+    driver.feed(m.NodeLost(node_id="n2"))
+    assert dispatched(finish_on(driver, "r1")) == ["a/2"]
