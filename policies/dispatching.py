@@ -59,17 +59,21 @@ class Dispatcher:
     def submit(self, turn: Turn) -> None:
         """A new attempt: whatever is known of an earlier one is dropped, and stopped where it runs."""
         self.cancel(turn.turn_id)
-        order = self._board.queue.new_order(self._ask_place(turn))
-        self._enqueue(TurnRecord(turn, order, self._board.now))
+        links = self._find_links(turn)
+        order = self._board.queue.new_order(self._ask_place(turn, links))
+        self._enqueue(TurnRecord(turn, order, self._board.now), links)
 
-    def _ask_place(self, turn: Turn) -> QueuePlace:
+    def _find_links(self, turn: Turn) -> list[Link]:
+        return find_links(turn.prompt, self._catalog, live) if turn.reuse else []
+
+    def _ask_place(self, turn: Turn, links: Sequence[Link]) -> QueuePlace:
         policy, now = self._serving_order, self._board.now
         submission = Submission(
             turn=turn,
             now=now,
             mean_prompt_tokens=self._board.queue.mean_prompt_tokens or turn.num_prompt_tokens,
             recent_wait_s=self._recent_wait_s,
-            find_cached_tokens=lambda: self._num_cached(turn),
+            num_cached_tokens=min(links[-1].end, turn.num_prompt_tokens) if links else 0,
         )
         return self._board.guard.consult(
             policy,
@@ -78,10 +82,6 @@ class Dispatcher:
             problem=_problem_with,
             default=lambda: (turn.priority, now),
         )
-
-    def _num_cached(self, turn: Turn) -> int:
-        links = find_links(turn.prompt, self._catalog, live) if turn.reuse else []
-        return links[-1].end if links else 0
 
     def cancel(self, turn_id: TurnId) -> bool:
         """Forget a turn and stop it where it runs; whether it was known."""
@@ -134,7 +134,8 @@ class Dispatcher:
         replica.pause(True)
         self._board.timers.at(self._board.now + self._board.config.retry_s, self._resume, replica)
         self._release(record, replica)
-        self._enqueue(TurnRecord(record.turn, record.order, record.submitted_at, deadline=record.deadline))
+        again = TurnRecord(record.turn, record.order, record.submitted_at, deadline=record.deadline)
+        self._enqueue(again, self._find_links(record.turn))
 
     def forget_replica(self, replica_id: ReplicaId) -> None:
         """Whatever ran there is gone; the clients of those turns submit them again. The fleet forgets it next."""
@@ -144,11 +145,11 @@ class Dispatcher:
             self._catalog.leases.release(turn_id)
         self._is_due = True
 
-    def _enqueue(self, record: TurnRecord) -> None:
+    def _enqueue(self, record: TurnRecord, links: Sequence[Link]) -> None:
         turn = record.turn
         self.turns[turn.turn_id] = record
         self._board.candidates.refresh_marks(self._board.queue.add(turn, record.order))
-        self._make_ready(record)
+        self._make_ready(record, links)
         if turn.reuse:
             self._fetcher.note_waiting(record.order)
         self._is_due = True
@@ -212,7 +213,7 @@ class Dispatcher:
         for order in list(self.ready_at.get(node_id, ())):
             record = self._ready_turn(order)
             self._make_unready(record)
-            self._make_ready(record)
+            self._make_ready(record, self._find_links(record.turn))
 
     def _wake(self, node_id: NodeId, count: int) -> None:
         for order in self._board.claimants(node_id, count):
@@ -229,12 +230,13 @@ class Dispatcher:
         if record.state is TurnState.FETCHING and self.turns.get(record.turn.turn_id) is record:
             self._stop_awaiting(record)
             record.move_to(TurnState.WAITING)
-            self._make_ready(record)
+            self._make_ready(record, self._find_links(record.turn))
             self._is_due = True
 
-    def _make_ready(self, record: TurnRecord) -> None:
+    def _make_ready(self, record: TurnRecord, links: Sequence[Link]) -> None:
         self.ready.add(record.order)
-        record.home = self._find_home(record.turn)
+        home = self._fetcher.likely_node([link.chunk for link in links]) if len(self._fleet.hosts) > 1 else None
+        record.home = home.node_id if home is not None else None
         self.ready_at.setdefault(record.home, SortedKeys()).add(record.order)
 
     def _make_unready(self, record: TurnRecord) -> None:
@@ -245,12 +247,6 @@ class Dispatcher:
         orders.discard(record.order)
         if not orders:
             del self.ready_at[record.home]
-
-    def _find_home(self, turn: Turn) -> NodeId | None:
-        if not turn.reuse or len(self._fleet.hosts) < 2:
-            return None
-        node = self._fetcher.likely_node([link.chunk for link in find_links(turn.prompt, self._catalog, live)])
-        return node.node_id if node is not None else None
 
     def _await(self, record: TurnRecord, node_id: NodeId, chunks: Iterable[ChunkKey]) -> None:
         if record.deadline is None:
@@ -325,7 +321,7 @@ class Dispatcher:
         """Dispatch the turn, or let it wait for chunks; False when no replica has room for it."""
         turn = record.turn
         is_late = record.deadline is not None and self._board.now >= record.deadline
-        links = find_links(turn.prompt, self._catalog, live) if turn.reuse else []
+        links = self._find_links(turn)
         replica = self._placer.find(turn, links, None if is_late else record.node_id)
         if replica is None:
             return False

@@ -17,7 +17,6 @@ Knows no chunks and no places; time is an argument.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from dataclasses import dataclass, field
 
 Features = tuple[int, ...]
@@ -26,6 +25,7 @@ NUM_INTERVALS = 20
 ENDS = tuple(0.5 * 2.0**number for number in range(NUM_INTERVALS))  # 0.5 s ... 3 days; whatever is older is forgotten
 STARTS = (0.0, *ENDS[:-1])
 MAX_FACTOR = 32.0
+TRIM_AT = 4096  # forgotten silences kept at least, so that the list is seldom moved
 STEPS_PER_OCTAVE = 2  # factors are told apart in steps of the square root of two
 
 
@@ -74,7 +74,8 @@ class ReturnModel:
         self._factors = [_Factor() for _ in range(num_features)]
         self._returned = [0.0] * NUM_INTERVALS
         self._at_risk = [0.0] * NUM_INTERVALS
-        self._silences: deque[Silence] = deque()
+        self._silences: list[Silence] = []  # from the first that is not forgotten on, and some before it
+        self._first = 0
         self._pointers = [0] * NUM_INTERVALS  # per interval: silences that have entered it, counted from the first ever
         self._num_forgotten = 0
         self._num_advances = 0
@@ -107,17 +108,22 @@ class ReturnModel:
         """Count who is at risk in which interval of age, and now and then fit the factors anew."""
         for interval, start in enumerate(STARTS):
             self._enter(interval, start, now)
-        while self._silences and (self._pointers[-1] > self._num_forgotten or len(self._silences) > self._log):
-            self._silences.popleft()
-            self._num_forgotten += 1
+        num_kept = len(self._silences) - self._first
+        num_over = max(self._pointers[-1] - self._num_forgotten, num_kept - self._log, 0)
+        self._first += num_over
+        self._num_forgotten += num_over
+        if self._first > max(TRIM_AT, num_kept):
+            del self._silences[: self._first]
+            self._first = 0
         self._num_advances += 1
         if self._num_advances % self._refit_every == 0:
             self._fit()
 
     def _enter(self, interval: int, start: float, now: float) -> None:
+        before = self._num_forgotten - self._first  # silences that are not in the list any more
         at = max(self._pointers[interval], self._num_forgotten)
-        end = self._num_forgotten + len(self._silences)
-        while at < end and (silence := self._silences[at - self._num_forgotten]).since + start <= now:
+        end = before + len(self._silences)
+        while at < end and (silence := self._silences[at - before]).since + start <= now:
             at += 1
             risk = silence.at_risk(start) * silence.factor
             if risk > 0.0:

@@ -8,16 +8,14 @@ greatest delay that the policy gives: that is its starvation bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 from policies.messages import Turn
 from policies.queue import QueuePlace
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A turn that is about to wait."""
 
@@ -25,12 +23,7 @@ class Submission:
     now: float
     mean_prompt_tokens: float  # of the turns that wait; of this one when none does
     recent_wait_s: float  # how long turns waited that were dispatched lately
-    find_cached_tokens: Callable[[], int]
-
-    @cached_property
-    def num_cached_tokens(self) -> int:
-        """Tokens of its prompt that are stored somewhere, or about to be. Looked up when asked for."""
-        return min(self.find_cached_tokens(), self.turn.num_prompt_tokens)
+    num_cached_tokens: int  # of its prompt: stored somewhere, or about to be
 
     @property
     def num_uncached_tokens(self) -> int:

@@ -32,7 +32,7 @@ def submission(
         now=now,
         mean_prompt_tokens=mean,
         recent_wait_s=wait_s,
-        find_cached_tokens=lambda: num_cached,
+        num_cached_tokens=min(num_cached, num_tokens),
     )
 
 
@@ -104,15 +104,6 @@ def test_the_bound_grows_with_the_queue() -> None:
 def test_without_bound_it_is_first_come_first_served() -> None:
     policy = LeastUncachedFirst(bound_s=0.0, patience=0.0)
     assert policy.place(submission(100, 0, now=3.0)) == Fcfs().place(submission(7, 5, now=3.0))
-
-
-def test_fcfs_does_not_look_into_the_cache() -> None:
-    def find() -> int:
-        raise AssertionError
-
-    one = submission()
-    one.find_cached_tokens = find
-    assert Fcfs().place(one) == (0, 0.0)
 
 
 def test_a_class_that_has_waited_long_enough_goes_before_a_more_urgent_one() -> None:
