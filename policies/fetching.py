@@ -19,7 +19,7 @@ from policies.queue import Order
 from policies.restore import find_links, live
 
 TURNS_PER_PASS = 4  # waiting turns looked at for prefetching after one event
-WOKEN_PER_NODE = 2  # of those parked on a node, when there may be slots or bytes
+WOKEN_PER_NODE = 1  # of those parked on a node, when there may be slots or bytes
 NODES_PER_TICK = 8  # whose parked turns are looked at although nothing is known to have changed
 
 

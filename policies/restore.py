@@ -36,26 +36,29 @@ def find_links(prompt: Sequence[Mark], catalog: Catalog, usable: Usable) -> list
     From each position the marks ahead are tried until one belongs to a later chunk; the furthest usable one counts.
     """
     links: list[Link] = []
-    position, best = 0, None
+    position = end = 0
+    best: Chunk | None = None  # its tokens [position, end) are of use
     for mark in prompt:
         carriers = catalog.carriers(mark.key)
         if not carriers:
             continue
-        if any([chunk.start > position for chunk in carriers]):  # noqa: C419 - a list is faster for one or two
-            if best is None:
-                return links
-            links.append(best)
-            position, best = best.end, None
-            if any(chunk.start > position for chunk in carriers):
-                return links
+        furthest = carriers[0].start if len(carriers) == 1 else max(chunk.start for chunk in carriers)
+        if furthest > position:
+            if best is None or furthest > end:
+                break
+            links.append(Link(best, end))
+            position, best = end, None
         chunk = _best(carriers, position, usable)
         if chunk is not None:
-            best = Link(chunk, mark.end)
-    return links if best is None else [*links, best]
+            best, end = chunk, mark.end
+    return links if best is None else [*links, Link(best, end)]
 
 
 def _best(carriers: Sequence[Chunk], position: int, usable: Usable) -> Chunk | None:
     """Of the carriers that start here, the one with the best usable copy, the first among equals."""
+    if len(carriers) == 1:  # nearly always
+        only = carriers[0]
+        return only if only.start == position and usable(only) is not None else None
     best: tuple[int, Chunk] | None = None
     for chunk in carriers:
         if chunk.start == position and (quality := usable(chunk)) is not None and (best is None or quality < best[0]):
