@@ -14,6 +14,7 @@ from itertools import islice
 
 from policies.leases import Leases
 from policies.messages import Cause, ChunkInfo, ChunkKey, Mark, NodeId, ReplicaId
+from policies.multimap import Multimap
 from policies.places import Account, Place
 from policies.queue import Order
 from policies.sessions import SessionRecord
@@ -54,7 +55,7 @@ class Copy:
     replica_id: ReplicaId | None = None  # whose write buffer a Save reads
     fetched_at: float | None = None  # raised ahead of need, or for a turn, and read by none yet
     num_readers: int = 0  # Fetches and Demotes that read this copy
-    holders: set[str] = field(default_factory=set)  # owners of leases
+    holders: frozenset[str] = frozenset()  # owners of leases
     leaving: bool = False  # to be dropped as soon as the copy below it is written
     cause: Cause = Cause.EVICTED  # why it is being dropped
     listed_as: tuple[object, ...] | None = None  # how the eviction order knows it; None: not a candidate
@@ -134,9 +135,9 @@ class Catalog:
         self.chunks: dict[ChunkKey, Chunk] = {}
         self.accounts: dict[Place, Account] = {}
         self.at: dict[Place, dict[ChunkKey, Chunk]] = {}
-        self.inside: dict[ChunkKey, dict[ChunkKey, None]] = {}  # mark -> chunks carrying it before their end, by age
+        self.inside = Multimap()  # mark -> chunks carrying it before their end, by age
         self.families: dict[ChunkKey, Family] = {}  # by the parent's key, whether the parent is known or not
-        self.children: dict[ChunkKey, dict[ChunkKey, None]] = {}  # likewise, by age
+        self.children = Multimap()  # likewise, by age
         self.incoming: dict[NodeId, Counter[CopyState]] = {}  # copies on their way to a node's tiers
         self.bereaved: set[ChunkKey] = set()  # keys of lost parents whose children live on
         self.recency: OrderedDict[ChunkKey, None] = OrderedDict()  # least recently used first; without expired chunks
@@ -151,10 +152,10 @@ class Catalog:
 
     def carriers(self, mark: ChunkKey) -> Sequence[Chunk]:
         """Chunks that contain the prefix `mark`: the one that ends there, then longer ones, oldest first."""
-        own, inside = self._ending_at(mark), self.inside.get(mark)
-        if inside is None:  # nearly always
+        own, inside = self._ending_at(mark), self.inside.get(mark, MAX_CARRIERS)
+        if not inside:  # nearly always
             return () if own is None else (own,)
-        longer = [self.chunks[key] for key in islice(inside, MAX_CARRIERS)]
+        longer = [self.chunks[key] for key in inside]
         return longer if own is None else [own, *longer]
 
     def representative(self, mark: ChunkKey) -> Chunk | None:
@@ -189,7 +190,7 @@ class Catalog:
         for mark in marks if not chunk.is_doomed else ():
             if mark.key not in chunk.marks and chunk.start < mark.end < chunk.end:
                 chunk.marks[mark.key] = mark.end
-                self.inside.setdefault(mark.key, {})[chunk.key] = None
+                self.inside.add(mark.key, chunk.key)
                 self.ghosts.pop(mark.key, None)
         self.changed(chunk)
 
@@ -323,7 +324,7 @@ class Catalog:
         found: dict[ChunkKey, int] = {}
         known, todo = set(marks), list(marks)
         for mark in todo:
-            for key in (mark, *self.inside.get(mark, ()), *self.children.get(mark, ())):
+            for key in (mark, *self.inside.get(mark), *self.children.get(mark)):
                 chunk = self.chunks.get(key)
                 if chunk is None:
                     continue
@@ -339,7 +340,7 @@ class Catalog:
         chunk.doomed_from = first if chunk.doomed_from is None else min(first, chunk.doomed_from)
         chunk.superseded = False
         for mark, end in chunk.marks.items():
-            self._unlist(mark, chunk)
+            self.inside.discard(mark, chunk.key)
             if end >= chunk.doomed_from:
                 self.remember(mark, Cause.DELETED)
         self.changed(chunk)
@@ -357,13 +358,13 @@ class Catalog:
             chunk = Chunk(info.key, info.parent, info.start, info.end, info.num_bytes, marks, now, now)
             self.chunks[info.key] = chunk
             if info.parent is not None:
-                self.children.setdefault(info.parent, {})[info.key] = None
+                self.children.add(info.parent, info.key)
             self.num_tokens += info.end - info.start
             self.num_bytes += info.num_bytes
             for mark in marks:
                 self.ghosts.pop(mark, None)
                 if mark != info.key:
-                    self.inside.setdefault(mark, {})[info.key] = None
+                    self.inside.add(mark, info.key)
         else:
             self.add_marks(chunk, info.marks)
         self.touch(chunk, now)
@@ -401,12 +402,9 @@ class Catalog:
         self.num_tokens -= chunk.end - chunk.start
         self.num_bytes -= chunk.num_bytes
         if chunk.parent is not None:
-            siblings = self.children[chunk.parent]
-            del siblings[chunk.key]
-            if not siblings:
-                del self.children[chunk.parent]
+            self.children.discard(chunk.parent, chunk.key)
         for mark, end in chunk.marks.items():
-            self._unlist(mark, chunk)
+            self.inside.discard(mark, chunk.key)
             self.remember(mark, self._cause_of_loss(chunk, end, cause))
         self.changed(chunk)
 
@@ -416,11 +414,6 @@ class Catalog:
         if chunk.doomed_from is None:
             return cause
         return Cause.DELETED if end >= chunk.doomed_from else Cause.EVICTED
-
-    def _unlist(self, mark: ChunkKey, chunk: Chunk) -> None:
-        carriers = self.inside.get(mark)
-        if carriers is not None and carriers.pop(chunk.key, 0) is None and not carriers:
-            del self.inside[mark]
 
     def changed(self, chunk: Chunk) -> None:
         """Tell the watcher, also about the chunks from or to which the need for a mark may have moved."""

@@ -35,7 +35,7 @@ class Leases:
             return
         self.by_owner[owner] = lease
         for chunk, copy in lease.held:
-            copy.holders.add(owner)
+            copy.holders |= {owner}
             self._changed(chunk)
 
     def release(self, owner: str) -> None:
@@ -44,7 +44,7 @@ class Leases:
         if lease is None:
             return
         for chunk, copy in lease.held:
-            copy.holders.discard(owner)
+            copy.holders -= {owner}
             self._changed(chunk)
 
     def detach(self, copy: Copy) -> None:
@@ -56,7 +56,7 @@ class Leases:
         """The owner keeps the rest of its lease. Its caller tells of the change."""
         lease = self.by_owner[owner]
         lease.held = [(chunk, other) for chunk, other in lease.held if other is not copy]
-        copy.holders.discard(owner)
+        copy.holders -= {owner}
         if not lease.held:
             del self.by_owner[owner]
 
@@ -64,6 +64,6 @@ class Leases:
         """The owner holds another copy of the chunk in place of this one."""
         lease = self.by_owner[owner]
         lease.held = [(held, to if other is copy else other) for held, other in lease.held]
-        copy.holders.discard(owner)
-        to.holders.add(owner)
+        copy.holders -= {owner}
+        to.holders |= {owner}
         self._changed(chunk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.messages import SchedulerConfig
@@ -40,6 +40,7 @@ def submission(
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@settings(deadline=None)
 @given(
     num_tokens=st.integers(1, 300),
     num_cached=st.integers(0, 400),
@@ -71,6 +72,7 @@ def test_of_two_that_come_together_the_more_urgent_goes_first(policy: ServingOrd
 # --- what each promises -----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     bound_s=st.floats(0, 1e4),
     sizes=st.tuples(st.integers(1, 200), st.integers(1, 200)),

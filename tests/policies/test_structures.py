@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from policies.catalog import COPY_MOVES, CopyState
 from policies.messages import Tier, TierSpec
+from policies.multimap import Multimap
 from policies.ordered import RUN_LENGTH, SortedKeys
 from policies.places import SHARED, Account, Place, place_of
 from policies.queue import FIRST, WaitingQueue
@@ -138,3 +139,23 @@ def test_a_copy_is_read_only_when_it_is_committed() -> None:
 def test_a_running_turn_only_ends() -> None:
     assert TURN_MOVES[TurnState.RUNNING] == frozenset()
     assert TURN_MOVES.keys() == set(TurnState)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), max_size=40))
+def test_a_multimap_is_a_dict_of_lists(steps: list[tuple[bool, int, int]]) -> None:
+    multimap, model = Multimap(), dict[str, list[str]]()
+    for is_added, number, other in steps:
+        key, value = f"k{number}", f"v{other}"
+        values = model.setdefault(key, [])
+        if is_added:
+            multimap.add(key, value)
+            values += [value] if value not in values else []
+        else:
+            multimap.discard(key, value)
+            values[:] = [known for known in values if known != value]
+        model = {key: values for key, values in model.items() if values}
+        assert {key: list(found) for key, found in multimap.items()} == model
+        assert len(multimap) == len(model)
+        assert (key in multimap) is (key in model)
+        assert list(multimap.get(key, 1)) == model.get(key, [])[:1]
