@@ -29,6 +29,7 @@ WHAT = {
     "tiers": "GB/s of each tier against memcpy and raw files, requests to S3",
     "engine": "prefill and decode speed against transformers",
     "overhead": "throughput with the store for traffic that never hits",
+    "scheduler": "what an event and a session cost the scheduler, with up to 1M sessions and 1,000 nodes",
     "serving": "what HTTP and Ray Serve add to a returning turn, and to many streams",
     "workload": "a trace of conversations with reuse on and off",
 }

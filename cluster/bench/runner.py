@@ -20,6 +20,7 @@ BENCHMARKS = {
     "tiers": "cluster.bench.tiers:run",
     "engine": "cluster.bench.engine:run",
     "overhead": "cluster.bench.overhead:run",
+    "scheduler": "cluster.bench.scheduler:run",
     "serving": "cluster.bench.serving:run",
     "workload": "cluster.bench.workload:run",
 }
