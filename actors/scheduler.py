@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
+from actors import garbage
 from actors.recorder import Recorder, RecordPlan
 from actors.unheard import Unheard
 from policies import messages as m
@@ -28,6 +29,7 @@ from policies.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
+SETTLE_EVERY_S = 30.0  # see garbage.py
 UNHEARD_S = 10.0  # a dispatched turn of which nothing was heard for so long is asked for
 
 
@@ -214,9 +216,13 @@ class SchedulerActor:
         return commands
 
     async def _tick(self) -> None:
+        settled_at = self._clock()
         while True:
             await asyncio.sleep(TICK_S)
             now = self._clock()
+            if now - settled_at > SETTLE_EVERY_S:
+                garbage.settle()
+                settled_at = now
             for node_id in [i for i, member in self._stores.items() if now - member.last_heard > self._silence_s]:
                 self._lose_node(node_id)
             for replica_id in [i for i, member in self._replicas.items() if now - member.last_heard > self._silence_s]:

@@ -15,7 +15,8 @@ from policies.queue import Order, WaitingQueue
 
 
 class Candidates:
-    """Watches the catalog: `refresh` brings a chunk's next use and its copies' candidacy up to date.
+    """Watches the catalog: `note` hears of a chunk that changed, `settle` brings the next use of all such chunks, and
+    the candidacy of their copies, up to date. One event changes a chunk several times; it is looked at when it matters.
 
     Expired chunks (time to live) are kept apart and go first; the policy orders the rest.
     """
@@ -25,8 +26,25 @@ class Candidates:
         self.expired: dict[Place, dict[ChunkKey, None]] = {}
         self._catalog, self._queue, self._policy, self._guard = catalog, queue, policy, guard
         self._learner = learner_of(policy)
+        self._changed: dict[ChunkKey, Chunk] = {}
 
-    def refresh(self, chunk: Chunk) -> None:
+    def note(self, chunk: Chunk) -> None:
+        """What is known of the chunk, or of its parent's or children's copies, changed."""
+        self._changed[chunk.key] = chunk
+
+    def settle(self) -> None:
+        """Before anybody asks for `next_use`, `listed_as` or the order."""
+        while self._changed:
+            changed, self._changed = self._changed, {}
+            for chunk in changed.values():
+                self._refresh(chunk)
+
+    def unlist(self, chunk: Chunk, copy: Copy) -> None:
+        """The copy is about to be gone."""
+        if copy.listed_as is not None:
+            self._relist(chunk, copy, None)
+
+    def _refresh(self, chunk: Chunk) -> None:
         chunk.next_use = self.find_next_use(chunk)
         family = self._catalog.families.get(chunk.key)
         for copy in chunk.copies.values():
@@ -39,10 +57,11 @@ class Candidates:
         for mark in marks:
             chunk = self._catalog.representative(mark)
             if chunk is not None:
-                self.refresh(chunk)
+                self.note(chunk)
 
     def first(self, place: Place, count: int, outlook: Callable[[], Outlook]) -> Sequence[ChunkKey]:
         """The `count` candidates of a place that go first."""
+        self.settle()
         expired = list(islice(self.expired.get(place, ()), count))
         wanted = count - len(expired)
         ordered = self.ordered.get(place, {})
@@ -72,6 +91,7 @@ class Candidates:
 
     def may_drop(self, chunk: Chunk, outlook: Callable[[], Outlook]) -> bool:
         """Whether the last copy of a victim may go for good."""
+        self.settle()
         position = None if chunk.next_use is None else self._queue.position(chunk.next_use)
         return self._guard.consult(
             self._policy,

@@ -129,7 +129,8 @@ class Family:
 
 
 class Catalog:
-    """All indexes over chunks. `watch` is called with every chunk whose standing as a candidate may have changed."""
+    """All indexes over chunks. `watch` is called with every chunk whose standing as a candidate may have changed,
+    `unlist` with every copy that is about to be gone."""
 
     def __init__(self, max_ghosts: int) -> None:
         self.chunks: dict[ChunkKey, Chunk] = {}
@@ -146,6 +147,7 @@ class Catalog:
         self.num_tokens = 0
         self.num_bytes = 0
         self.watch: Callable[[Chunk], None] = lambda _chunk: None
+        self.unlist: Callable[[Chunk, Copy], None] = lambda _chunk, _copy: None
         self._max_ghosts = max_ghosts
 
     # --- marks --------------------------------------------------------------------------------------------------------
@@ -385,6 +387,7 @@ class Catalog:
         assert state in COPY_MOVES[copy.state], f"a copy cannot go from {copy.state} to {state}"
         self._count_in_family(chunk, copy, -1)
         if state is None:
+            self.unlist(chunk, copy)
             del chunk.copies[copy.place]
             del self.at[copy.place][chunk.key]
         else:

@@ -96,6 +96,7 @@ class Evictor:
 
     def _evict_one(self, chunk: Chunk, place: Place, node: Node) -> int:
         """Drop the copy if there is one below, else demote it, else drop it if the policy agrees: bytes leaving."""
+        self._board.candidates.settle()
         copy = chunk.copies[place]
         if copy.listed_as is None:  # an eviction just before changed its standing
             return 0
@@ -110,6 +111,7 @@ class Evictor:
                 return copy.num_bytes
             if not self._board.has_failed(chunk.key, below) and self.make_room(below, chunk.num_bytes):
                 return 0
+        self._board.candidates.settle()
         is_candidate = copy.listed_as is not None  # making room below may have changed it
         if is_candidate and self._board.candidates.may_drop(chunk, self._board.outlook):
             return self.drop(chunk, copy, Cause.EVICTED)
@@ -180,6 +182,7 @@ class Evictor:
             self._board.changed_chunks.add(chunk.key)
             self._board.changed_places.add(place)
             for above in self._stop_leaving(chunk, place):
+                self._board.candidates.settle()
                 if above.listed_as is not None:
                     self.drop(chunk, above, Cause.EVICTED)
 

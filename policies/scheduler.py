@@ -72,7 +72,7 @@ class Scheduler:
         guard = Guard(self.config.policy_limit_s, self.config.strict_policies, stopwatch)
         catalog, queue = Catalog(self.config.ghosts), WaitingQueue()
         candidates = Candidates(catalog, queue, cast(EvictionPolicy, self._policy("eviction", eviction)), guard)
-        catalog.watch = candidates.refresh
+        catalog.watch, catalog.unlist = candidates.note, candidates.unlist
         sessions = Sessions(self.config.ghosts)
         self.board = Board(self.config, catalog, queue, Fleet(), candidates, guard, sessions)
         self.evictor = Evictor(self.board)
@@ -121,6 +121,7 @@ class Scheduler:
         board.timers.run_due(board.now)
         self._handlers[type(event)](event)
         self._settle()
+        board.candidates.settle()
         board.guard.settle()
         return board.outbox
 
@@ -144,6 +145,7 @@ class Scheduler:
             self.evictor.relieve(place)
 
     def _settle_chunks(self) -> None:
+        self.board.candidates.settle()
         keys, self.board.changed_chunks = self.board.changed_chunks, set()
         for key in sorted(keys):
             self.dispatcher.note_chunk(key)

@@ -107,6 +107,7 @@ def _run(arguments: argparse.Namespace, stdout: TextIO) -> int:
 def _options(arguments: argparse.Namespace) -> BenchOptions:
     from actors.engine.loading import load_tokenizer
 
+    needs_model = expand(arguments.names) != ["scheduler"]
     given = BenchOptions(
         model=arguments.model or str(DEFAULT_MODEL),
         dtype=arguments.dtype,
@@ -117,6 +118,8 @@ def _options(arguments: argparse.Namespace) -> BenchOptions:
         scratch=arguments.scratch,
         data=arguments.data,
     )
+    if not needs_model:
+        return given
     if not arguments.model:
         default_model()
     load_tokenizer(given.model)  # a model that is not there is told before anything runs

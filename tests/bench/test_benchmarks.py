@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.bench import overhead, save, tiers
+from cluster.bench import overhead, save, scheduler, tiers
+from cluster.bench.crowd import Crowd
 from cluster.bench.kv import make_turn_kv
 from cluster.bench.options import BenchOptions
 from cluster.bench.plots import draw
@@ -86,3 +88,28 @@ def test_overhead(options: BenchOptions, local_ray: None, tmp_path: Path) -> Non
         assert all(len(rates) == REPEATS for rates in figures["tokens_per_s"].values())
     assert dram["written_bytes"] == 0
     assert ssd["written_bytes"] > 0
+
+
+def test_scheduler(options: BenchOptions, tmp_path: Path) -> None:
+    result = scheduler.run(options)
+    check(result, tmp_path)
+    for size, num_nodes, _ in scheduler.QUICK_SIZES:
+        figures = result.figures[str(size)]
+        assert figures["nodes"] == num_nodes
+        assert sum(kind["num"] for kind in figures["kinds"].values()) == scheduler.QUICK_NUM_EVENTS
+        assert 0 < figures["quantiles_s"]["0.5"] <= figures["quantiles_s"]["1"]
+    assert {"TurnSubmitted", "TurnFinished", "ChunksSaved", "ChunkDemoted"} <= figures["kinds"].keys()
+
+
+def test_a_crowd_keeps_its_queue_and_contradicts_nothing() -> None:
+    crowd = Crowd(300, 3, 60)
+    for _ in crowd.fill():
+        pass
+    crowd.scheduler.check()
+    for event in islice(crowd.events(), 1500):
+        crowd.hear(event)
+        crowd.scheduler.check()
+    figures = crowd.scheduler.snapshot()
+    assert crowd.scheduler.num_waiting == pytest.approx(60, abs=5)
+    assert not figures["policy_faults"]
+    assert not any(name.startswith(("stale.", "overdue.")) for name in figures["counters"])
