@@ -67,7 +67,7 @@ class Crowd:
                 replica_id=f"r{number}", node_id=f"n{number}", max_running_turns=NUM_SLOTS, max_running_tokens=10**6
             )
             self.hear(replica)
-        while len(self._speaker) < self.num_waiting + NUM_SLOTS * self.num_nodes:
+        while len(self._speaker) < self.num_waiting:
             self.hear(self._submission())
             if self._heard:
                 self.hear(self._heard.popleft())
