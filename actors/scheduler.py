@@ -29,7 +29,7 @@ from policies.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-SETTLE_EVERY_S = 30.0  # see garbage.py
+SETTLE_EVERY_S = 1.0  # see garbage.py
 UNHEARD_S = 10.0  # a dispatched turn of which nothing was heard for so long is asked for
 
 

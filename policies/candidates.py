@@ -7,7 +7,7 @@ from itertools import islice
 
 from policies.catalog import Catalog, Chunk, Copy, CopyState, Family
 from policies.eviction.contract import EvictionPolicy, learner_of
-from policies.messages import Cause, ChunkKey
+from policies.messages import Cause, ChunkKey, Mark
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.plugins import Guard
@@ -77,17 +77,17 @@ class Candidates:
         )
         return [*expired, *victims]
 
-    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:
+    def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:
         """Let a policy that learns hear of a prompt."""
         learner = self._learner
         if learner is not None:
-            self._guard.tell(self._policy, "note_prompt", lambda: learner.note_prompt(keys, now))
+            self._guard.tell(self._policy, "note_prompt", lambda: learner.note_prompt(prompt, now))
 
-    def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
+    def note_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
         """Let a policy that learns hear of a turn's end."""
         learner = self._learner
         if learner is not None:
-            self._guard.tell(self._policy, "note_answer", lambda: learner.note_answer(keys, turn, answer_tokens, now))
+            self._guard.tell(self._policy, "note_answer", lambda: learner.note_answer(prompt, turn, answer_tokens, now))
 
     def may_drop(self, chunk: Chunk, outlook: Callable[[], Outlook]) -> bool:
         """Whether the last copy of a victim may go for good."""

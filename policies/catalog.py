@@ -100,6 +100,11 @@ class Chunk:
         return self.session.turn if self.session is not None else 0
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of that conversation's last prompt; 0 is unknown."""
+        return self.session.prompt_tokens if self.session is not None else 0
+
+    @property
     def answer_tokens(self) -> int:
         """Of that conversation's last answer; 0 is unknown."""
         return self.session.answer_tokens if self.session is not None else 0

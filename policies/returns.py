@@ -54,11 +54,11 @@ class _Factor:
     expected: dict[int, float] = field(default_factory=dict)
     value: dict[int, float] = field(default_factory=dict)
 
-    def fit(self, prior: float, keep: float) -> None:
-        """Half way (in logarithms) to what was seen over what was expected; both fade by `keep`."""
+    def fit(self, prior: float, keep: float, step: float) -> None:
+        """A step (1: all the way, in logarithms) to what was seen over what was expected; both fade by `keep`."""
         for level in self.returned.keys() | self.expected.keys():
             seen, expected = self.returned.get(level, 0.0) * keep, self.expected.get(level, 0.0) * keep
-            ratio = min(max(((seen + prior) / (expected + prior)) ** 0.5, 0.5), 2.0)
+            ratio = min(max(((seen + prior) / (expected + prior)) ** step, 0.5), 2.0)
             self.value[level] = min(max(self.value.get(level, 1.0) * ratio, 1 / MAX_FACTOR), MAX_FACTOR)
             self.returned[level], self.expected[level] = seen, expected * ratio
 
@@ -67,7 +67,7 @@ class ReturnModel:
     """Told when silences begin and when they end; answers with an index. `advance` brings it up to the time."""
 
     def __init__(
-        self, num_features: int, *, prior: float = 8.0, refit_every: int = 64, half_life: int = 4000, log: int = 50_000
+        self, num_features: int, *, prior: float = 4.0, refit_every: int = 16, half_life: int = 4000, log: int = 50_000
     ) -> None:
         """`prior`: prompts' worth of doubt about a factor; `half_life`: of counts, in prompts; `log`: silences kept."""
         self.hazards: list[float] = [0.0] * NUM_INTERVALS
@@ -140,7 +140,7 @@ class ReturnModel:
             risk = self._at_risk[interval]
             self.hazards[interval] = min(self._returned[interval] / risk, 0.999) if risk > 0.0 else 0.0
         for factor in self._factors:
-            factor.fit(self._prior, self._keep)
+            factor.fit(self._prior, self._keep, 1.0 / len(self._factors))
         self._tables.clear()
 
     # --- what follows -------------------------------------------------------------------------------------------------

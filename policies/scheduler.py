@@ -167,7 +167,7 @@ class Scheduler:
     def _on_submitted(self, turn: m.Turn) -> None:
         is_new = self.board.sessions.note_turn(turn.session_id, turn.turn_id, turn.num_prompt_tokens)
         if is_new and turn.reuse:
-            self.board.candidates.note_prompt([mark.key for mark in turn.prompt], self.board.now)
+            self.board.candidates.note_prompt(turn.prompt, self.board.now)
         self.administrator.note_submitted(turn)
         self.dispatcher.submit(turn)
 
@@ -175,8 +175,7 @@ class Scheduler:
         turn = self.dispatcher.on_finished(event)
         session = self.board.sessions.get(turn.session_id) if turn is not None else None
         if turn is not None and session is not None and turn.reuse:
-            keys = [mark.key for mark in turn.prompt]
-            self.board.candidates.note_answer(keys, session.turn, session.answer_tokens, self.board.now)
+            self.board.candidates.note_answer(turn.prompt, session.turn, session.answer_tokens, self.board.now)
 
     def _on_cancelled(self, event: m.TurnCancelled) -> None:
         if not self.dispatcher.cancel(event.turn_id):

@@ -88,7 +88,8 @@ class Crowd:
                 replica_id=dispatch.replica_id, node_id=node_id, session_id=f"s{session}", chunks=(chunk,)
             )
             yield m.TurnFinished(turn_id=dispatch.turn_id, replica_id=dispatch.replica_id, attempt=dispatch.attempt)
-            yield self._submission()
+            while len(self._speaker) < self.num_waiting:
+                yield self._submission()
 
     def hear(self, event: m.Event, handle: Handle | None = None) -> None:
         """Let the scheduler handle it, and do at once as it says."""

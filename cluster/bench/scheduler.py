@@ -27,7 +27,7 @@ SIZES = ((10_000, 10, 100), (100_000, 100, 1_000), (1_000_000, 1_000, 10_000))
 QUICK_SIZES = ((500, 2, 20), (1_000, 4, 40), (2_000, 8, 80))
 NUM_EVENTS, QUICK_NUM_EVENTS = 100_000, 2_000
 WARM_UP = 0.2  # of the events, not counted
-SETTLE_EVERY = 20_000  # events; the live scheduler does it twice a minute
+SETTLE_EVERY = 5_000  # events; the live scheduler does it every second
 
 LIMITS = (
     "Python: an event is some 300 calls of functions. Most of its time goes into keeping indexes in step (who needs"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from policies.messages import ChunkKey
+from policies.messages import ChunkKey, Mark
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.queue import Order
@@ -37,6 +37,8 @@ class ChunkFacts(Protocol):
     def num_uses(self) -> int: ...  # turns that stored or read it
     @property
     def turn(self) -> int: ...  # of the conversation that used it last: which turn that is at; 0 is unknown
+    @property
+    def prompt_tokens(self) -> int: ...  # of that conversation's last prompt; 0 is unknown
     @property
     def answer_tokens(self) -> int: ...  # of that conversation's last answer; 0 is unknown
 
@@ -67,13 +69,12 @@ class EvictionPolicy(Protocol):
 
 
 class Learner(Protocol):
-    """What a policy that learns has besides; the scheduler tells it if the verbs are there. `keys`: the prompt's marks,
-    shallowest first."""
+    """What a policy that learns has besides; the scheduler tells it if the verbs are there."""
 
-    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:
-        """A turn came with this prompt. Told before anything is read or stored for it."""
+    def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:
+        """A turn came with this prompt (its marks, ascending). Told before anything is read or stored for it."""
 
-    def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
+    def note_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
         """That turn has ended: the conversation's turn of that number (0: unknown), with an answer of this length."""
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from math import log2
 from typing import Any
 
 from policies.eviction.contract import ChunkFacts
 from policies.eviction.look_ahead import from_the_tail
-from policies.messages import ChunkKey
+from policies.messages import ChunkKey, Mark
 from policies.ordered import SortedKeys
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.returns import STEPS_PER_OCTAVE, Features, ReturnModel, Silence
 
+SEGMENTS = (512, 2048)  # tokens before the end of a prompt
 MAX_PREFIXES = 200_000  # marks whose last prompt is remembered
 
 
@@ -26,19 +28,23 @@ def bucket_of(count: int) -> int:
     return count if count < 4 else 4 if count < 7 else 5 if count < 15 else 6
 
 
-def features_of(count: int, answer_tokens: int) -> Features:
-    """How often it came back, and the length of the last answer by powers of four."""
-    return (bucket_of(count), answer_tokens.bit_length() // 2)
+def features_of(count: int, answer_tokens: int, from_end: int) -> Features:
+    """How often it came back, the length of the last answer by powers of four, how far it is from the prompt's end."""
+    return (bucket_of(count), answer_tokens.bit_length() // 2, segment_of(from_end))
+
+
+def segment_of(from_end: int) -> int:
+    """0, 1, 2: how near to the end of the last prompt. A document comes back, the question behind it does not."""
+    return sum(from_end >= bound for bound in SEGMENTS)
 
 
 @dataclass(slots=True, eq=False)
-class _Prompt:
-    """A prompt that ran: the part of its marks that was known before, and the new part, each silent since its end."""
+class _Part:
+    """A stretch [start, end) of a prompt that ran, in tokens, and its silence."""
 
-    num_known: int
-    num_marks: int
-    known: Silence
-    new: Silence
+    start: int
+    end: int
+    silence: Silence
 
 
 class Experience:
@@ -46,44 +52,59 @@ class Experience:
 
     def __init__(self, model: ReturnModel) -> None:
         self._model = model
-        # By mark: the prompt that brought it or was the last to match just up to it, and how many did either.
-        self._seen: OrderedDict[ChunkKey, tuple[_Prompt, int]] = OrderedDict()
+        # By mark: the parts of the prompt that brought it or was the last to match just up to it (what was known,
+        # what was new), and how many prompts did either.
+        self._seen: OrderedDict[ChunkKey, tuple[list[_Part], int]] = OrderedDict()
 
-    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:
+    def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:
         """The silence of what it begins with is over."""
-        num_known = self._num_known(keys)
-        if num_known:
-            prompt, _ = self._seen[keys[num_known - 1]]
-            num_new = prompt.num_marks - prompt.num_known
-            self._model.end(prompt.known, now, num_known / max(1, prompt.num_known))
-            self._model.end(prompt.new, now, (num_known - prompt.num_known) / max(1, num_new))
+        known = self._last_known(prompt)
+        if known is not None:
+            before, _ = self._seen[known.key]
+            for part in before:
+                share = (known.end - part.start) / max(1, part.end - part.start)
+                if share > 0.0:
+                    self._model.end(part.silence, now, min(1.0, share))
         self._model.advance(now)
 
-    def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
+    def note_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
         """The turn has ended: all its marks fall silent."""
-        if not keys:
+        if not prompt:
             return
-        num_known = self._num_known(keys)
-        num_uses = self._seen[keys[num_known - 1]][1] + 1 if num_known else 0
-        share = num_known / len(keys)
-        prompt = _Prompt(
-            num_known,
-            len(keys),
-            self._model.begin(now, features_of(max(turn, num_uses), answer_tokens), share),
-            self._model.begin(now, features_of(max(turn, 1), answer_tokens), 1.0 - share),
-        )
-        if num_known:
-            self._seen[keys[num_known - 1]] = (prompt, num_uses)
-        for key in keys:  # before the last known one, too, there may be new places where this prompt was cut
-            self._seen.setdefault(key, (prompt, 1))
-        for key in reversed(keys):  # what is forgotten first is what extends it, never a prefix of what is remembered
-            self._seen.move_to_end(key)
+        known = self._last_known(prompt)
+        num_uses = self._seen[known.key][1] + 1 if known is not None else 0
+        parts = self._parts_of(prompt, known, max(turn, num_uses), max(turn, 1), answer_tokens, now)
+        if known is not None:
+            self._seen[known.key] = (parts, num_uses)
+        for mark in prompt:  # before the last known one, too, there may be new places where this prompt was cut
+            self._seen.setdefault(mark.key, (parts, 1))
+        for mark in reversed(prompt):  # forgotten first is what extends it, never a prefix of what is remembered
+            self._seen.move_to_end(mark.key)
         while len(self._seen) > MAX_PREFIXES:
             self._seen.popitem(last=False)
 
-    def _num_known(self, keys: Sequence[ChunkKey]) -> int:
-        """Marks up to the last one that was seen before."""
-        return next((number for number in range(len(keys), 0, -1) if keys[number - 1] in self._seen), 0)
+    def _parts_of(
+        self, prompt: Sequence[Mark], known: Mark | None, known_count: int, count: int, answer_tokens: int, now: float
+    ) -> list[_Part]:
+        """Each begins its silence now. Weights are equal: a question of one chunk teaches as much as its document."""
+        num_tokens, known_end = prompt[-1].end, known.end if known is not None else 0
+        cuts = [max(known_end, _end_before(prompt, num_tokens - bound)) for bound in reversed(SEGMENTS)]
+        stretches = [(start, end) for start, end in pairwise((0, known_end, *cuts, num_tokens)) if end > start]
+        parts = []
+        for start, end in stretches:
+            features = features_of(known_count if end == known_end else count, answer_tokens, num_tokens - end)
+            parts.append(_Part(start, end, self._model.begin(now, features, 1.0 / len(stretches))))
+        return parts
+
+    def _last_known(self, prompt: Sequence[Mark]) -> Mark | None:
+        """The longest beginning of it that was seen before."""
+        return next((mark for mark in reversed(prompt) if mark.key in self._seen), None)
+
+
+def _end_before(prompt: Sequence[Mark], limit: int) -> int:
+    """Where the last mark up to `limit` ends."""
+    number = bisect_right(prompt, limit, key=lambda mark: mark.end)
+    return prompt[number - 1].end if number else 0
 
 
 class Returns:
@@ -96,7 +117,7 @@ class Returns:
     """
 
     def __init__(self) -> None:
-        self._model = ReturnModel(num_features=2)
+        self._model = ReturnModel(num_features=3)
         self._experience = Experience(self._model)
         self._silent: dict[Place, dict[int, SortedKeys[tuple[Any, ...]]]] = {}  # by step of the factor, oldest first
         self._needed: dict[Place, SortedKeys[tuple[Any, ...]]] = {}
@@ -104,11 +125,11 @@ class Returns:
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
-    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:
-        self._experience.note_prompt(keys, now)
+    def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:
+        self._experience.note_prompt(prompt, now)
 
-    def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
-        self._experience.note_answer(keys, turn, answer_tokens, now)
+    def note_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
+        self._experience.note_answer(prompt, turn, answer_tokens, now)
 
     # --- the order ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +140,9 @@ class Returns:
             order = self._needed.setdefault(place, SortedKeys())
             rank: tuple[Any, ...] = (from_the_tail(chunk.next_use), -chunk.start, chunk.key)
         else:
-            factor = self._model.factor(features_of(max(chunk.turn, chunk.num_uses), chunk.answer_tokens))
+            from_end = max(0, chunk.prompt_tokens - chunk.end)
+            features = features_of(max(chunk.turn, chunk.num_uses), chunk.answer_tokens, from_end)
+            factor = self._model.factor(features)
             step = round(STEPS_PER_OCTAVE * log2(factor))
             order = self._silent.setdefault(place, {}).setdefault(step, SortedKeys())
             rank = (chunk.last_used, -chunk.start, chunk.key)

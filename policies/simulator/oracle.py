@@ -13,7 +13,7 @@ from typing import Any
 
 from policies.eviction.contract import ChunkFacts
 from policies.eviction.ranked import Ranked
-from policies.messages import ChunkKey
+from policies.messages import ChunkKey, Mark
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.simulator.trace import Trace
@@ -38,10 +38,10 @@ class Oracle(Ranked):
                     uses = self._uses[key] = array("i")
                 uses.append(number)
 
-    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:  # noqa: ARG002 - the contract
+    def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:  # noqa: ARG002 - the contract
         self._num_seen += 1
 
-    def note_answer(self, keys: Sequence[ChunkKey], turn: int, answer_tokens: int, now: float) -> None:
+    def note_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
         pass  # it knows already
 
     def may_drop(self, chunk: ChunkFacts, position: int | None, outlook: Outlook) -> bool:  # noqa: ARG002 - the contract

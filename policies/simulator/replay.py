@@ -19,13 +19,14 @@ from enum import StrEnum
 from typing import Protocol
 
 from policies.eviction.contract import EvictionPolicy, learner_of
-from policies.messages import Tier
+from policies.messages import Mark, Tier
 from policies.outlook import Outlook
 from policies.places import Place
 from policies.queue import Order
 from policies.simulator.trace import Request, Trace, TraceError
 
 PLACE = Place("cache", Tier.DRAM)
+MAX_GONE = 1  # blocks evicted from a run before the policy is asked again
 TICK_S = 1e-6  # between requests that came at the same time
 
 
@@ -116,6 +117,7 @@ class Run:
     last_used: float
     num_uses: int = 1
     turn: int = 0
+    prompt_tokens: int = 0
     answer_tokens: int = 0
     children: set[Run] = field(default_factory=set)
     next_use: Order | None = None
@@ -132,13 +134,13 @@ class _Room:
         self.policy = policy
         self._learner = learner_of(policy)
 
-    def hear(self, keys: Sequence[str], now: float) -> None:
+    def hear(self, prompt: Sequence[Mark], now: float) -> None:
         if self._learner is not None:
-            self._learner.note_prompt(keys, now)
+            self._learner.note_prompt(prompt, now)
 
-    def hear_answer(self, keys: Sequence[str], turn: int, answer_tokens: int, now: float) -> None:
+    def hear_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
         if self._learner is not None:
-            self._learner.note_answer(keys, turn, answer_tokens, now)
+            self._learner.note_answer(prompt, turn, answer_tokens, now)
 
     def victim(self, now: float) -> str:
         (key,) = self.policy.victims(PLACE, 1, Outlook.without_queue(now))
@@ -154,21 +156,24 @@ class BlockCache:
         self.used_tokens = 0
         self._room, self._policy = _Room(policy), policy
         self._capacity, self._block_tokens, self._max_run = capacity_tokens, block_tokens, max_run
+        self._max_gone = MAX_GONE
         self._run_of: dict[int, Run] = {}
         self._runs: dict[str, Run] = {}
 
     def use(self, request: Request, turn: int, now: float) -> int:
         blocks = request.blocks
-        keys = [str(block) for block in blocks]
-        self._room.hear(keys, now)
+        size, num_tokens = self._block_tokens, request.input_tokens
+        prompt = [Mark(min(number * size, num_tokens), str(block)) for number, block in enumerate(blocks, 1)]
+        self._room.hear(prompt, now)
         num_held = bisect_left(blocks, True, key=lambda block: block not in self._run_of)
         last = self._end_of(blocks[num_held - 1]) if num_held else None
         if last is not None:
             last.num_uses += 1
-            last.last_used, last.turn, last.answer_tokens = now, turn, request.output_tokens
+            last.last_used, last.turn = now, turn
+            last.prompt_tokens, last.answer_tokens = request.input_tokens, request.output_tokens
             if not last.children:
                 self._policy.add(PLACE, last)
-        self._room.hear_answer(keys, turn, request.output_tokens, now)
+        self._room.hear_answer(prompt, turn, request.output_tokens, now)
         self._extend(last, request, num_held, turn, now)
         self._make_room(now)
         return min(num_held * self._block_tokens, request.input_tokens)
@@ -192,6 +197,7 @@ class BlockCache:
             last_used=run.last_used,
             num_uses=run.num_uses,
             turn=run.turn,
+            prompt_tokens=run.prompt_tokens,
             answer_tokens=run.answer_tokens,
             children=run.children,
         )
@@ -219,6 +225,7 @@ class BlockCache:
                 stored_at=now,
                 last_used=now,
                 turn=turn,
+                prompt_tokens=request.input_tokens,
                 answer_tokens=request.output_tokens,
             )
             if last is not None:
@@ -237,7 +244,7 @@ class BlockCache:
         while self.used_tokens > self._capacity:
             run = self._runs[self._room.victim(now)]
             surplus = -int(-(self.used_tokens - self._capacity) // self._block_tokens)
-            num_gone = min(surplus, len(run.blocks))
+            num_gone = min(surplus, len(run.blocks), self._max_gone)
             for block in run.blocks[-num_gone:]:
                 del self._run_of[block]
             del run.blocks[-num_gone:]
@@ -245,6 +252,8 @@ class BlockCache:
             self.used_tokens -= num_gone * self._block_tokens
             if not run.blocks:
                 self._drop(run)
+            else:
+                self._policy.add(PLACE, run)  # it ends sooner now
 
     def _drop(self, run: Run) -> None:
         del self._runs[run.key]
@@ -254,7 +263,8 @@ class BlockCache:
             return
         parent.num_uses += run.num_uses
         if run.last_used >= parent.last_used:
-            parent.last_used, parent.turn, parent.answer_tokens = run.last_used, run.turn, run.answer_tokens
+            parent.last_used, parent.turn = run.last_used, run.turn
+            parent.prompt_tokens, parent.answer_tokens = run.prompt_tokens, run.answer_tokens
         parent.children.discard(run)
         if not parent.children:
             self._policy.add(PLACE, parent)
@@ -270,10 +280,11 @@ class SessionCache:
 
     def use(self, request: Request, turn: int, now: float) -> int:
         key = str(request.session_id)
-        self._room.hear([key], now)
+        prompt = [Mark(1, key)]  # a session is one thing here, whatever its length
+        self._room.hear(prompt, now)
         old = self._sessions.get(key)
         held_tokens = old.num_bytes if old is not None else 0
-        self._room.hear_answer([key], turn, request.output_tokens, now)
+        self._room.hear_answer(prompt, turn, request.output_tokens, now)
         run = self._sessions[key] = Run(
             key=key,
             num_bytes=request.input_tokens + request.output_tokens,
@@ -281,6 +292,7 @@ class SessionCache:
             last_used=now,
             num_uses=old.num_uses + 1 if old is not None else 1,
             turn=turn,
+            prompt_tokens=request.input_tokens,
             answer_tokens=request.output_tokens,
         )
         self.used_tokens += run.num_bytes - held_tokens

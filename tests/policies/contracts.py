@@ -43,6 +43,7 @@ class Facts:
     next_use: Order | None = None
     num_uses: int = 1
     turn: int = 1
+    prompt_tokens: int = 0
     answer_tokens: int = 0
 
 

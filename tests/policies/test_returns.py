@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.eviction import EvictionPolicy, Lru, Returns, returns
-from policies.eviction.returns import Experience
+from policies.eviction.returns import Experience, features_of
+from policies.messages import Mark
 from policies.returns import ENDS, NUM_INTERVALS, STARTS, Features, ReturnModel, Silence
 from policies.simulator.replay import Level, replay
 from policies.simulator.trace import Request, Trace
@@ -89,11 +90,16 @@ def test_answers_stay_within_reason(steps: list[tuple[int, int, float, float]], 
         assert 0.0 <= model.probability((level,), age, within_s) <= 1.0
 
 
+def prompt_of(*keys: str, size: int = 1) -> list[Mark]:
+    """Marks with so many tokens between them."""
+    return [Mark(number * size, key) for number, key in enumerate(keys, 1)]
+
+
 class Notes(ReturnModel):
     """A model that remembers what it was told."""
 
     def __init__(self) -> None:
-        super().__init__(num_features=2)
+        super().__init__(num_features=3)
         self.begun: list[Silence] = []
         self.back: list[float] = []
 
@@ -108,17 +114,20 @@ class Notes(ReturnModel):
 
 
 @settings(max_examples=100, deadline=None)
-@given(prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=30))
-def test_a_prompt_counts_once_however_it_is_shared(prompts: list[list[int]]) -> None:
-    """Known and new part weigh one together, and never more than that comes back."""
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=30),
+    size=st.sampled_from([1, 300, 1000]),
+)
+def test_a_prompt_counts_once_however_it_is_shared(prompts: list[list[int]], size: int) -> None:
+    """Its parts weigh one together, and never more than that comes back."""
     model = Notes()
     experience = Experience(model)
     for number, path in enumerate(prompts):
-        keys = ["".join(map(str, path[:end])) for end in range(1, len(path) + 1)]
-        experience.note_prompt(keys, float(number))
-        experience.note_answer(keys, 1, 10, float(number))
-        known, new = model.begun[-2:]
-        assert known.weight + new.weight == pytest.approx(1.0)
+        prompt = prompt_of(*("".join(map(str, path[:end])) for end in range(1, len(path) + 1)), size=size)
+        num_before = len(model.begun)
+        experience.note_prompt(prompt, float(number))
+        experience.note_answer(prompt, 1, 10, float(number))
+        assert sum(part.weight for part in model.begun[num_before:]) == pytest.approx(1.0)
     assert all(-1e-9 <= silence.returned <= silence.weight + 1e-9 for silence in model.begun)
     assert all(share >= 0.0 for share in model.back)
 
@@ -126,8 +135,8 @@ def test_a_prompt_counts_once_however_it_is_shared(prompts: list[list[int]]) -> 
 def test_half_of_a_prompt_comes_back() -> None:
     model = Notes()
     experience = Experience(model)
-    experience.note_answer(["a", "b", "c", "d"], 1, 10, 0.0)
-    experience.note_prompt(["a", "b", "x"], 5.0)
+    experience.note_answer(prompt_of("a", "b", "c", "d"), 1, 10, 0.0)
+    experience.note_prompt(prompt_of("a", "b", "x"), 5.0)
     assert sum(model.back) == pytest.approx(0.5)
 
 
@@ -135,12 +144,25 @@ def test_a_prompt_may_be_cut_where_an_earlier_one_was_not() -> None:
     """Marks stand at every chunk and where a conversation was cut: the middle of what is known can be new."""
     model = Notes()
     experience = Experience(model)
-    experience.note_answer(["a", "c", "d"], 1, 10, 0.0)
-    experience.note_prompt(["a", "b", "c", "x"], 5.0)
+    experience.note_answer(prompt_of("a", "c", "d"), 1, 10, 0.0)
+    experience.note_prompt(prompt_of("a", "b", "c", "x"), 5.0)
     assert sum(model.back) == pytest.approx(1.0), "known up to c"
-    experience.note_answer(["a", "b", "c", "x"], 2, 10, 6.0)
-    experience.note_prompt(["a", "b", "y"], 7.0)
+    experience.note_answer(prompt_of("a", "b", "c", "x"), 2, 10, 6.0)
+    experience.note_prompt(prompt_of("a", "b", "y"), 7.0)
     assert sum(model.back) > 1.0
+
+
+def test_the_question_behind_a_document_is_told_apart() -> None:
+    """Only what stands before the last 512 tokens ever comes back."""
+    model = ReturnModel(num_features=3)
+    experience = Experience(model)
+    for number in range(600):
+        document = [f"document {number // 2} {part}" for part in range(8)]
+        prompt = prompt_of(*document, f"question {number}", size=500)
+        experience.note_prompt(prompt, 10.0 * number)
+        experience.note_answer(prompt, 1, 10, 10.0 * number + 1.0)
+    head, tail = (model.factor(features_of(1, 10, from_end)) for from_end in (3000, 0))
+    assert head > 3 * tail
 
 
 class TestReturns(EvictionContract):
@@ -188,9 +210,9 @@ def test_what_is_forgotten_first_is_what_extends_a_prefix(monkeypatch: pytest.Mo
     monkeypatch.setattr(returns, "MAX_PREFIXES", 10)
     model = Notes()
     experience = Experience(model)
-    experience.note_answer([f"a{number}" for number in range(6)], 1, 10, 0.0)
-    experience.note_answer([f"b{number}" for number in range(6)], 1, 10, 1.0)
-    experience.note_prompt([f"a{number}" for number in range(6)], 2.0)
+    experience.note_answer(prompt_of(*(f"a{number}" for number in range(6))), 1, 10, 0.0)
+    experience.note_answer(prompt_of(*(f"b{number}" for number in range(6))), 1, 10, 1.0)
+    experience.note_prompt(prompt_of(*(f"a{number}" for number in range(6))), 2.0)
     assert sum(model.back) == pytest.approx(4 / 6), "the first four marks are still known"
 
 
@@ -199,17 +221,17 @@ def test_what_everybody_begins_with_stays_known(monkeypatch: pytest.MonkeyPatch)
     model = Notes()
     experience = Experience(model)
     for number in range(50):
-        keys = [*(f"system {part}" for part in range(6)), f"message {number}"]
-        experience.note_prompt(keys, float(number))
-        experience.note_answer(keys, 1, 10, number + 0.5)
-    assert sum(model.back) == pytest.approx(49 * 6 / 7)
+        prompt = prompt_of(*(f"system {part}" for part in range(6)), f"message {number}")
+        experience.note_prompt(prompt, float(number))
+        experience.note_answer(prompt, 1, 10, number + 0.5)
+    assert sum(model.back) == pytest.approx(6 / 7 + 48 / 2), "once part of what was new, then all that was known"
 
 
 def test_another_attempt_at_a_turn_is_no_return() -> None:
     class Ear(Returns):
         num_prompts = 0
 
-        def note_prompt(self, keys: Sequence[str], now: float) -> None:
+        def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:
             self.num_prompts += 1
 
     policy = Ear()

@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.eviction.contract import ChunkFacts
 from policies.eviction.look_ahead import from_the_tail
-from policies.messages import ChunkKey
+from policies.messages import ChunkKey, Mark
 from policies.places import Place
 from policies.simulator.oracle import NEVER, Oracle
 from policies.simulator.setup import Setup
@@ -28,8 +28,8 @@ class TimedOracle(Oracle):
         super().__init__(prompts)
         self._num_uses: Counter[ChunkKey] = Counter()
 
-    def note_prompt(self, keys: Sequence[ChunkKey], now: float) -> None:  # noqa: ARG002 - the contract
-        self._num_uses.update(keys)
+    def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:  # noqa: ARG002 - the contract
+        self._num_uses.update(mark.key for mark in prompt)
 
     def next_prompt(self, key: ChunkKey) -> int:
         uses = self._uses.get(key, ())
