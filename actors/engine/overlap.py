@@ -18,8 +18,8 @@ from enum import StrEnum
 
 MIN_FRONT_TOKENS = 16
 """A step of fewer tokens takes as long as one of so many."""
-STALL_SHARE = 0.02
-"""A joined step may be that much longer for a layer that is late."""
+STALL_SHARE = 0.05
+"""A joined step may be that much longer for a layer that is late: else this turn waits for a whole step more."""
 
 
 class LoadOrder(StrEnum):

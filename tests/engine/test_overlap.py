@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.engine.overlap import (
+    STALL_SHARE,
     LoadOrder,
     TailLoad,
     choose_order,
@@ -47,7 +48,7 @@ def test_a_turn_that_may_join_finds_every_layer_nearly_in_time(
         stalled += max(0.0, there_at - now)
         now = max(now, there_at) + compute_s
     joins = may_join(ready, num_layers, load_s, compute_s)
-    assert joins == (stalled <= 0.02 * num_layers * compute_s + 1e-12)
+    assert joins == (stalled <= STALL_SHARE * num_layers * compute_s + 1e-12)
 
 
 def _tail(
