@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError
 
@@ -25,6 +24,7 @@ from storage import keys
 from storage.filesystem import open_tier
 from storage.format import ChunkHeader, CorruptChunk, read_chunk
 from storage.object_store import ObjectStoreStats, RayTier
+from storage.parts import in_parts, whole
 from storage.tier import ChunkMissing, ChunkTier, TierError
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class NodeStore:
         return await self._io(self._put_pulled, command.chunk, boxed)
 
     def _put_pulled(self, key: str, boxed: list[Any]) -> int:
-        return self._dram.put(key, ray.get(boxed[0]))
+        return self._dram.put(key, whole(ray.get(boxed[0])))
 
     async def _demote(self, command: m.Demote) -> list[m.Event]:
         source, target = self._tiers[self._demoted_from(command.chunk)], self._tiers[command.tier]
@@ -236,7 +236,7 @@ class NodeStore:
         if tier == m.Tier.DRAM:
             return [self._dram.ref(key)]
         data = await self._io(self._tiers[tier].read, key)
-        return [ray.put(np.frombuffer(data, np.uint8))]
+        return [ray.put(in_parts(data))]
 
     # --- state --------------------------------------------------------------------------------------------------------
 

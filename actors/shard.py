@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.engine.params import SamplingParams
@@ -24,7 +23,9 @@ from actors.sources import restore_sources
 from actors.wire import TurnRequest
 from policies import messages as m
 from storage.filesystem import open_reader
+from storage.header import Bytes
 from storage.keys import KeySpace
+from storage.parts import in_parts
 from storage.tier import ChunkOpener
 
 IDLE_WAIT_S = 0.5
@@ -163,9 +164,9 @@ class Shard:
     # --- io -----------------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="io")
-    def export_chunk(self, key: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The chunk's Arrow bytes; the caller owns the object and the write buffer forgets it."""
-        return self._engine.take_chunk(key)
+    def export_chunk(self, key: str) -> list[Bytes]:
+        """The chunk's Arrow bytes, in parts; the caller owns the object and the write buffer forgets it."""
+        return in_parts(self._engine.take_chunk(key))
 
     # --- outputs ------------------------------------------------------------------------------------------------------
 

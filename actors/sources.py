@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from actors.engine.turns import RestoreSource
 from policies import messages as m
 from storage.format import ChunkReader, read_chunk
+from storage.parts import whole
 from storage.tier import ChunkOpener
 
 
@@ -40,7 +41,7 @@ def _in_dram(step: m.RestoreStep, ref: Any, start_pulls: Callable[[], None], dea
         key=step.chunk,
         start=step.start,
         num_tokens=step.num_tokens,
-        open=lambda: read_chunk(ray.get(ref, timeout=deadline_s)),
+        open=lambda: read_chunk(whole(ray.get(ref, timeout=deadline_s))),
         place=step.tier,
         num_bytes=step.num_bytes,
         prefetch=start_pulls,

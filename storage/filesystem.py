@@ -24,6 +24,7 @@ import fsspec.utils
 
 from storage.account import Account
 from storage.bucket import BucketReader, ObjectTier
+from storage.direct import write_new
 from storage.files import FileReader, explained, open_file, read_file
 from storage.format import ChunkReader
 from storage.header import Buffer, Bytes, ChunkHeader, CorruptChunk, byte_view
@@ -161,7 +162,7 @@ class FileTier:
     def _write(self, path: Path, view: Bytes) -> None:
         temp = self._temp.path / f"{path.name}.{next(self._counter)}"
         try:
-            _write_synced(temp, view)
+            write_new(temp, view)
             self._make_folder(path.parent)
             temp.replace(path)
             try:
@@ -243,17 +244,6 @@ def _committed(root: Path) -> Iterator[tuple[int, int, str]]:
                     with suppress(FileNotFoundError):
                         status = entry.stat()
                         yield status.st_mtime_ns, status.st_size, key
-
-
-def _write_synced(path: Path, view: Bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        position = 0
-        while position < len(view):
-            position += os.write(handle, view[position:].data)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sync_folder(path: Path) -> None:

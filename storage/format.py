@@ -48,6 +48,7 @@ __all__ = [
     "ChunkReader",
     "CorruptChunk",
     "LayerShape",
+    "Layout",
     "RangeSource",
     "encode",
     "encode_into",
@@ -70,13 +71,13 @@ def encoded_size(header: ChunkHeader) -> int:
     return Layout.of(header).num_bytes
 
 
-def encode(header: ChunkHeader, layers: Sequence[KV]) -> Bytes:
+def encode(header: ChunkHeader, layers: Sequence[KV], layout: Layout | None = None) -> Bytes:
     """The chunk as one contiguous array of encoded_size(header) bytes; copies each layer once.
 
-    ValueError if the layers are not the arrays that the header describes (element types of equal width are taken as
-    bit patterns). The layers need not be contiguous.
+    `layout`: the header's, if the caller has made it already. ValueError if the layers are not the arrays that the
+    header describes (element types of equal width are taken as bit patterns). The layers need not be contiguous.
     """
-    layout = Layout.of(header)
+    layout = layout or Layout.of(header)
     out = _memory.take(layout.num_bytes)
     views = layout.layer_views(out)
     _check_layers(views, layers)

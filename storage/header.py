@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -131,10 +132,7 @@ def header_from_json(text: bytes) -> tuple[ChunkHeader, Index]:
             marks=tuple(zip(_integers([end for end, _ in marks]), [_text(key) for _, key in marks])),
             dtype=document["dtype"],
             codec=document["codec"],
-            layers=tuple(
-                LayerShape(num_kv_heads=heads, k_dim=k_dim, v_dim=v_dim)
-                for heads, k_dim, v_dim in map(_integers, document["layers"])
-            ),
+            layers=tuple(_shape(*_integers(layer)) for layer in document["layers"]),
         )
         places = [_integers([offset, length]) for offset, length, _ in document["index"]]
         checksums = [int(checksum, 16) for _, _, checksum in document["index"]]
@@ -145,8 +143,13 @@ def header_from_json(text: bytes) -> tuple[ChunkHeader, Index]:
     return header, tuple((offset, length, checksum) for (offset, length), checksum in zip(places, checksums))
 
 
+@lru_cache(maxsize=256)
+def _shape(num_kv_heads: int, k_dim: int, v_dim: int) -> LayerShape:
+    return LayerShape(num_kv_heads=num_kv_heads, k_dim=k_dim, v_dim=v_dim)
+
+
 def _integers(values: list[object]) -> tuple[int, ...]:
-    if not all(type(value) is int and value >= 0 for value in values):
+    if not set(map(type, values)) <= {int} or min(values, default=0) < 0:  # type: ignore[type-var,operator]
         raise TypeError("integers >= 0 expected")
     return tuple(values)  # type: ignore[arg-type]
 

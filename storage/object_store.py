@@ -4,6 +4,7 @@ The only file of this room that imports Ray. How the tier is meant to be used (m
 
 * The caller of an actor method owns what it returns, and what this process puts it owns too. The process that holds
   the RayTier must be that caller; when it dies its objects are gone.
+* An object is a list of parts (`storage.parts`); whoever gets one makes it `whole` again.
 * Reserve before every export, then adopt what came: bytes are never created before there is room for them.
 * The budget stays well below the store's capacity. Above it Ray spills or falls back to disk by itself, and mixed
   object sizes fragment: at 80-90 % there were stalls, at 70 % none.
@@ -24,6 +25,7 @@ import ray.exceptions
 from storage.account import Account
 from storage.format import ChunkReader
 from storage.header import Buffer, Bytes, ChunkHeader, CorruptChunk, byte_view
+from storage.parts import in_parts, whole
 from storage.tier import ChunkMissing, TierError, TierFull, open_chunk
 
 SAFE_SHARE = 0.7
@@ -95,7 +97,7 @@ class RayTier:
 
     def read(self, key: str) -> Bytes:
         try:
-            return byte_view(ray.get(self.ref(key), timeout=self.deadline_s))
+            return whole(ray.get(self.ref(key), timeout=self.deadline_s))
         except ray.exceptions.GetTimeoutError as error:
             raise TierError(f"chunk {key} did not arrive within {self.deadline_s} s") from error
         except ray.exceptions.RayError as error:  # lost with its owner or node, or never made: it will not come back
@@ -140,7 +142,7 @@ class RayTier:
 
 def _put(view: Bytes) -> ray.ObjectRef:
     try:
-        return ray.put(view)
+        return ray.put(in_parts(view))
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
         raise TierFull(f"Ray's object store is full, lower the budget of the DRAM tier: {error}") from error
     except ray.exceptions.RayError as error:

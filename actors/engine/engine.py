@@ -195,16 +195,24 @@ class Engine:
         self._settle_loads()
         self._capture.settle()
         self._settle_aborts()
-        matches = self._match_queued()
-        plan = plan_step([self._demand(sequence, matches) for sequence in self._sequences.values()], self._room())
-        self._follow(plan)
-        work = self._planned_work(plan)
+        work = self._planned_work(self._plan_and_admit())
         if work:
             self._compute(work)
-        elif not self._outputs and not plan.admit and self.has_work:
+        elif not self._outputs and self.has_work:
             self._mailbox.wait_for_change(num_changes, self._restoring.patience_s(_IDLE_WAIT_S))
         outputs, self._outputs = list(self._outputs.values()), {}
         return outputs
+
+    def _plan_and_admit(self) -> StepPlan:
+        """The plan of this step, in which those whom it admits take part: with them it is made anew."""
+        while True:
+            matches = self._match_queued()
+            beside_s = self._expected_s()
+            demands = [self._demand(sequence, matches, beside_s) for sequence in self._sequences.values()]
+            plan = plan_step(demands, self._room())
+            self._follow(plan)
+            if not plan.admit:
+                return plan
 
     def _take_requests(self) -> None:
         for request in self._mailbox.take_requests():
@@ -255,9 +263,16 @@ class Engine:
         self._kept.note_waiting((sequence.arrival, matches[sequence.turn_id]) for sequence in queued)
         return matches
 
-    def _demand(self, sequence: Sequence, matches: dict[str, Match]) -> Demand:
+    def _expected_s(self) -> float:
+        """What a step should take for the turns that compute already."""
+        computing = [s for s in self._sequences.values() if s.state in (SequenceState.WAITING, SequenceState.RUNNING)]
+        remaining = [sequence.num_tokens - sequence.num_computed for sequence in computing]
+        num_decodes = remaining.count(1)
+        return self.meter.expected_s(min(sum(remaining) - num_decodes, self.config.max_step_tokens), num_decodes)
+
+    def _demand(self, sequence: Sequence, matches: dict[str, Match], beside_s: float) -> Demand:
         if sequence.state is SequenceState.RESTORING:
-            return self._restoring.demand(sequence)
+            return self._restoring.demand(sequence, beside_s)
         match = matches.get(sequence.turn_id)
         return sequence.demand(match.num_held_blocks if match is not None else None)
 

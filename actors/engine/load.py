@@ -17,7 +17,7 @@ from threading import Condition
 
 from torch import Tensor
 
-from actors.engine.overlap import LoadOrder
+from actors.engine.overlap import LoadOrder, TailLoad
 from actors.engine.sequence import Piece
 from actors.engine.transfer import Fence
 from actors.engine.turns import FailedRestore
@@ -67,8 +67,11 @@ class Load:
         self.job, self.num_layers = job, num_layers
         self.began_at = time.monotonic()
         self.frontier = job.end
+        self._frontier_at = self.began_at
         self.layers_ready = 0
         """Layers of the claimed tokens that are in place."""
+        self.lead_s: float | None = None
+        """From its beginning until it began to write."""
         self.result: Restored | None = None
         self.is_abandoned = False
         self.fences: list[Fence] = []
@@ -100,6 +103,7 @@ class Load:
             if self.is_abandoned or start >= self.frontier:
                 return None
             self._claimed_from, self._claimed_at, self.layers_ready = start, time.monotonic(), 0
+            self.lead_s = self.lead_s or self._claimed_at - self.began_at
             return start
 
     def layer_done(self) -> None:
@@ -115,6 +119,7 @@ class Load:
             assert self._claimed_from is not None
             self._marks += marks
             self.frontier, self._claimed_from = self._claimed_from, None
+            self._frontier_at = time.monotonic()
             self._changed.notify_all()
         self._wake()
 
@@ -131,6 +136,7 @@ class Load:
             self._failures[i] = error
             self._islands = self._spans()
             self.frontier = self._end = self.job.pieces[i].start
+            self._frontier_at = time.monotonic()
             self._changed.notify_all()
         self._wake()
 
@@ -162,12 +168,6 @@ class Load:
     def end(self) -> int:
         return self.job.end
 
-    @property
-    def gap_end(self) -> int:
-        """Up to here nothing is loaded, nor being written."""
-        with self._changed:
-            return self._gap_end()
-
     def reserve_front(self, start: int, num_tokens: int) -> int:
         """The engine is about to compute from `start` on; how many of the tokens it wants it may. Then `end_front`."""
         with self._changed:
@@ -192,11 +192,24 @@ class Load:
                 return None
             return (now - self._claimed_at) / self.layers_ready
 
-    def token_pace(self, now: float) -> float:
-        """Seconds a token took so far, from the tail; before the first chunk is there, as if it came now."""
+    def tail(self, now: float, expected_s_per_token: float) -> TailLoad:
+        """How far it is from the tail. A token takes as long as expected; longer if it turned out so, or if the chunk
+        that is under way came only now."""
         with self._changed:
-            num_tokens = self.job.end - self.frontier
-            return (now - self.began_at) / (num_tokens or len(self.job.pieces[-1].token_ids))
+            num_tokens, under_way_s = self.job.end - self.frontier, now - self._frontier_at
+            starts = [piece.start for piece in self.job.pieces if piece.start < self.frontier]
+            paces = [expected_s_per_token]
+            if num_tokens:
+                paces.append((self._frontier_at - self.began_at) / num_tokens)
+            if starts:
+                paces.append(under_way_s / (self.frontier - starts[-1]))
+            return TailLoad(
+                frontier=self.frontier,
+                gap_end=self._gap_end(),
+                starts=starts,
+                s_per_token=max(paces),
+                under_way_s=under_way_s,
+            )
 
     def wait_layer(self, layer: int, timeout_s: float) -> bool:
         """Waits until `layer` is in place; False if it will not be, or not in time."""
@@ -214,23 +227,26 @@ class Load:
 
 
 class LoadRates:
-    """Seconds per byte of each place, as measured lately. Loaders write, the engine reads."""
+    """Seconds per byte of each place, as measured lately, and those before the first byte. Loaders write, the engine
+    reads."""
 
     def __init__(self) -> None:
         self._s_per_byte: dict[str, float] = {}
+        self._lead_s: dict[str, float] = {}  # per chunk
 
     def measured(self, piece: Piece, seconds: float) -> None:
         self.measured_together([piece], seconds)
 
-    def measured_together(self, pieces: Sequence[Piece], seconds: float) -> None:
-        """Only where all lie in one place is it clear who took the time."""
+    def measured_together(self, pieces: Sequence[Piece], seconds: float, lead_s: float | None = None) -> None:
+        """Only where all lie in one place is it clear who took the time. `lead_s`, if it was measured: how long the
+        first layer was not even being loaded."""
         places = {piece.source.place for piece in pieces}
         num_bytes = sum(piece.num_bytes for piece in pieces)
         if len(places) == 1 and num_bytes:
             [place] = places
-            new = seconds / num_bytes
-            old = self._s_per_byte.get(place, new)
-            self._s_per_byte[place] = old + _SMOOTHING * (new - old)
+            _smooth(self._s_per_byte, place, seconds / num_bytes)
+            if lead_s is not None:
+                _smooth(self._lead_s, place, lead_s / len(pieces))
 
     def load_s(self, pieces: Sequence[Piece]) -> float | None:
         """How long these would take; None if one of their places has never been measured."""
@@ -242,9 +258,19 @@ class LoadRates:
             total_s += s_per_byte * piece.num_bytes
         return total_s
 
+    def lead_s(self, pieces: Sequence[Piece]) -> float | None:
+        """How long it takes until the first layer of these begins to come; None if that was never measured."""
+        leads_s = [self._lead_s.get(piece.source.place) for piece in pieces]
+        return sum(lead_s or 0.0 for lead_s in leads_s) if None not in leads_s else None
+
     def bytes_per_s(self) -> dict[str, float]:
         """By place."""
         return {place: 1.0 / s_per_byte for place, s_per_byte in self._s_per_byte.items() if s_per_byte > 0}
+
+
+def _smooth(averages: dict[str, float], place: str, new: float) -> None:
+    old = averages.get(place, new)
+    averages[place] = old + _SMOOTHING * (new - old)
 
 
 def restored(

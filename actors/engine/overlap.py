@@ -12,12 +12,14 @@ Rates are seconds per token or per byte, measured; None while they are unknown.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 MIN_FRONT_TOKENS = 16
-"""Fewer tokens than this are not worth a step of their own: the load is nearly there."""
-STALL_SHARE = 0.02
-"""A joined step may be that much longer for a layer that is late."""
+"""A step of fewer tokens takes as long as one of so many."""
+STALL_SHARE = 0.05
+"""A joined step may be that much longer for a layer that is late: else this turn waits for a whole step more."""
 
 
 class LoadOrder(StrEnum):
@@ -39,25 +41,63 @@ def choose_order(load_s: float | None, history_s: float, new_s: float) -> LoadOr
     return LoadOrder.TAIL if shared_s < exposed_s else LoadOrder.LAYERS
 
 
-def front_tokens(gap: int, load_s_per_token: float, compute_s_per_token: float | None) -> int:
-    """How many of the `gap` tokens between what is computed and what is loaded the next step should compute.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailLoad:
+    """How far a load from the tail is, in tokens and seconds."""
 
-    As many as there will be when the two meet, if both go on at their rates; 0: wait for the load.
+    frontier: int
+    """From here on everything is in place."""
+    gap_end: int
+    """Up to here it may still be computed: the frontier, or the beginning of a chunk that is being written."""
+    starts: Sequence[int]
+    """First token of every chunk below the frontier, ascending. The last of them is under way."""
+    s_per_token: float
+    under_way_s: float
+    """Since the frontier moved."""
+
+    def seconds_to(self, token: int) -> float:
+        """Until everything from `token` on is there: whole chunks."""
+        if token >= self.frontier:
+            return 0.0
+        first = max((start for start in self.starts if start <= token), default=token)
+        return max(0.0, (self.frontier - first) * self.s_per_token - self.under_way_s)
+
+
+def front_tokens(computed: int, load: TailLoad, compute_s_per_token: float | None) -> int:
+    """How many tokens behind the `computed` ones to compute while the load comes to meet them; 0: wait for it.
+
+    Chunks come whole, so the two meet at the beginning of one: where whoever is later is there soonest.
     """
-    if compute_s_per_token is None or load_s_per_token <= 0:
+    if compute_s_per_token is None:
         return 0
-    wanted = int(gap * load_s_per_token / (load_s_per_token + compute_s_per_token))
-    return wanted if wanted >= MIN_FRONT_TOKENS else 0
+    best, best_s = computed, load.seconds_to(computed)
+    for end in (*load.starts, load.frontier):
+        if computed < end <= load.gap_end:
+            compute_s = max(end - computed, MIN_FRONT_TOKENS) * compute_s_per_token
+            met_s = max(compute_s, load.seconds_to(end))
+            if met_s < best_s:
+                best, best_s = end, met_s
+    return best - computed
 
 
-def may_join(num_ready: int, num_layers: int, layer_load_s: float, layer_compute_s: float) -> bool:
+def may_join(
+    num_ready: int,
+    num_layers: int,
+    layer_load_s: float,
+    layer_compute_s: float,
+    *,
+    first_in_s: float | None = None,
+    spare_s: float = 0.0,
+) -> bool:
     """Whether a step that begins now finds every layer in place when it comes to it.
 
     Layer i is wanted i * layer_compute_s from now and there in (i + 1 - num_ready) * layer_load_s; as both grow evenly,
     the next layer and the last one decide. num_ready layers are the paper's read buffer
     S_buf = B * (T_load * L_hist - T_pref * L_new): the slower the load, the more of them.
+    `first_in_s`: when the next layer is there, if not after layer_load_s. `spare_s`: how late layers may be besides.
     """
-    slack_s = STALL_SHARE * num_layers * layer_compute_s
-    next_late_s = layer_load_s - num_ready * layer_compute_s
-    last_late_s = (num_layers - num_ready) * layer_load_s - (num_layers - 1) * layer_compute_s
+    first_in_s = layer_load_s if first_in_s is None else first_in_s
+    slack_s = STALL_SHARE * num_layers * layer_compute_s + spare_s
+    next_late_s = first_in_s - num_ready * layer_compute_s
+    last_late_s = first_in_s + (num_layers - num_ready - 1) * layer_load_s - (num_layers - 1) * layer_compute_s
     return num_ready >= num_layers or max(next_late_s, last_late_s) <= slack_s

@@ -26,7 +26,7 @@ from torch import Tensor
 from actors.engine.load import Load, LoadRates, RestoreJob, restored
 from actors.engine.overlap import LoadOrder
 from actors.engine.sequence import Piece
-from actors.engine.transfer import Fence, TokenRows, Transfer
+from actors.engine.transfer import KV, Fence, TokenRows, Transfer
 from storage.format import ChunkHeader, ChunkReader, CorruptChunk, LayerShape
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Loader:
         self._transfer = transfer
         self._layers, self._dtype = layers, dtype
         self._rates, self._wake, self._read_ahead = rates, wake, read_ahead
+        self._num_threads = num_threads
         self._executor = ThreadPoolExecutor(
             max_workers=num_threads, thread_name_prefix="loader", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -65,6 +66,11 @@ class Loader:
         self._running.append((load, future))
         future.add_done_callback(lambda _: self._wake())
         return load
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the restore submitted last may have to wait for a thread."""
+        return len(self._running) > self._num_threads
 
     def settled(self) -> list[Load]:
         """Loads whose thread has let go of everything since the last call, the abandoned ones too."""
@@ -117,7 +123,7 @@ class Loader:
                     if layer + 1 < len(self._layers):
                         load.layer_done()
             if num_good == len(job.pieces):
-                self._rates.measured_together(job.pieces, time.monotonic() - began)
+                self._rates.measured_together(job.pieces, time.monotonic() - began, load.lead_s)
             marks = tuple(mark for reader in readers[:num_good] for mark in reader.header.marks)
             spans = ((job.start, job.pieces[num_good - 1].end),) if num_good else ()
             load.finish(restored(job, spans, failures, marks))
@@ -140,13 +146,22 @@ class Loader:
         places: Sequence[TokenRows],
         failures: dict[int, Exception],
     ) -> int:
-        """Writes one layer of every chunk; how many were good. Why the next one was not goes to `failures`."""
+        """Writes one layer of every chunk; how many were good. Why the next one was not goes to `failures`.
+
+        Reads them all before it writes: beside a model on the same cores, one burst of work takes half the cycles of
+        many small ones, each of which finds the caches full of something else.
+        """
+        arrays: list[KV] = []
         for i, reader in enumerate(readers):
+            found = None if load.is_abandoned else self._read(load.job, i, layer, reader, failures)
+            if found is None:
+                break
+            arrays.append(found)
+        for i, found in enumerate(arrays):
             if load.is_abandoned:
                 return 0
-            if not self._write(load.job, i, layer, reader, places[i], failures):
-                return i
-        return len(readers)
+            self._write(load.job, i, layer, found, places[i])
+        return 0 if load.is_abandoned else len(arrays)
 
     # --- from the tail ------------------------------------------------------------------------------------------------
 
@@ -179,8 +194,10 @@ class Loader:
                 return None
             place = self._locate(job, i, start)
             for layer in range(len(self._layers)):
-                if load.is_abandoned or not self._write(job, i, layer, reader, place, failures):
+                found = None if load.is_abandoned else self._read(job, i, layer, reader, failures)
+                if found is None:
                     return None
+                self._write(job, i, layer, found, place)
             self._rates.measured(job.pieces[i], time.monotonic() - began)
             return reader.header.marks
 
@@ -205,21 +222,23 @@ class Loader:
         slot = job.tail_slot if i == len(job.pieces) - 1 else None
         return self._transfer.locate(job.rows[start : piece.end], start, slot, start - piece.start)
 
-    def _write(
-        self, job: RestoreJob, i: int, layer: int, reader: ChunkReader, at: TokenRows, failures: dict[int, Exception]
-    ) -> bool:
-        """These tokens of one layer of one chunk. False, with the reason in `failures`, if it is bad."""
-        piece = job.pieces[i]
+    def _read(
+        self, job: RestoreJob, i: int, layer: int, reader: ChunkReader, failures: dict[int, Exception]
+    ) -> KV | None:
+        """One layer of one chunk, verified. None, with the reason in `failures`, if it is bad."""
         try:
-            keys, values = reader.layer(layer)
+            return reader.layer(layer)
         except Exception as error:
-            log.warning("turn %s: cannot read chunk %s", job.turn_id, piece.source.key, exc_info=True)
+            log.warning("turn %s: cannot read chunk %s", job.turn_id, job.pieces[i].source.key, exc_info=True)
             failures[i] = error  # as above: reading a layer goes to the source
-            return False
-        wanted = slice(at.start - piece.start, at.end - piece.start)
-        raw_keys, plain_values = (self._to_tensor(array)[:, wanted].transpose(0, 1) for array in (keys, values))
+            return None
+
+    def _write(self, job: RestoreJob, i: int, layer: int, found: KV, at: TokenRows) -> None:
+        """These tokens of one layer of one chunk."""
+        first = job.pieces[i].start
+        wanted = slice(at.start - first, at.end - first)
+        raw_keys, plain_values = (self._to_tensor(array)[:, wanted].transpose(0, 1) for array in found)
         self._transfer.write(layer, at, raw_keys, plain_values)
-        return True
 
     def _to_tensor(self, array: npt.NDArray[Any]) -> Tensor:
         """A view of [H, n, D] as the pool's type; 16-bit floats arrive as bit patterns."""

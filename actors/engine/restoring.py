@@ -75,6 +75,8 @@ class _Restore:
     load: Load
     may_join: bool = True
     """Not again after a step has waited for it in vain."""
+    stall_s: float = 0.0
+    """What a step that joins it knows that it will wait."""
 
 
 class Restoring:
@@ -211,23 +213,27 @@ class Restoring:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def demand(self, sequence: Sequence) -> Demand:
-        """What a step may compute for a turn that loads: all behind the load, if it joins; else some of the front."""
+    def demand(self, sequence: Sequence, beside_s: float = 0.0) -> Demand:
+        """What a step may compute for a turn that loads: all behind the load, if it joins; else some of the front.
+
+        `beside_s`: what the step takes for turns that compute; 0: there are none.
+        """
         restore = self._running[sequence.turn_id]
         demand, load = sequence.demand(), restore.load
-        if self._joins(restore):
+        if self._joins(restore, beside_s):
             return replace(demand, phase=Phase.COMPUTING, num_computed=load.end, stop=None)
         num_front = 0
         if load.job.order is LoadOrder.TAIL:
-            gap = load.gap_end - sequence.num_computed
-            num_front = front_tokens(gap, self._token_pace(load), self._meter.prefill_s_per_token)
+            expected_s = (self._rates.load_s(load.job.pieces) or 0.0) / (load.end - load.job.start)
+            tail = load.tail(time.monotonic(), expected_s)
+            num_front = front_tokens(sequence.num_computed, tail, self._meter.prefill_s_per_token)
         return replace(demand, stop=sequence.num_computed + num_front)
 
     def part(self, sequence: Sequence, work: Work) -> Part | None:
         """The turn's share of a step; None if its loader has come to these tokens in the meantime."""
         restore = self._running[sequence.turn_id]
         if work.start >= restore.load.end:
-            patience_s = max(_MIN_STALL_S, _STALL_STEPS * self._compute_s(work.num_tokens))
+            patience_s = restore.stall_s + max(_MIN_STALL_S, _STALL_STEPS * self._compute_s(work.num_tokens))
             return Part(sequence, work.start, work.num_tokens, gate=Gate(restore.load, patience_s))
         num_tokens = restore.load.reserve_front(work.start, work.num_tokens)
         return Part(sequence, work.start, num_tokens, is_front=True) if num_tokens else None
@@ -258,20 +264,34 @@ class Restoring:
             self._rates.load_s(pieces), self._compute_s(end - start), self._compute_s(sequence.num_tokens - end)
         )
 
-    def _token_pace(self, load: Load) -> float:
-        """Seconds a token takes to load: as it was lately in those places, or as it turns out if that is slower."""
-        expected_s = self._rates.load_s(load.job.pieces) or 0.0
-        return max(load.token_pace(time.monotonic()), expected_s / (load.end - load.job.start))
-
-    def _joins(self, restore: _Restore) -> bool:
+    def _joins(self, restore: _Restore, beside_s: float) -> bool:
         load = restore.load
         if load.job.order is not LoadOrder.LAYERS or not restore.may_join:
             return False
-        pace_s = load.layer_pace(time.monotonic())
-        if pace_s is None:
+        expected = self._layers_to_come(load)
+        if expected is None:
             return False
+        first_in_s, pace_s = expected
         num_tokens = min(restore.sequence.num_tokens - load.end, self._config.max_step_tokens)
-        return may_join(load.layers_ready, load.num_layers, pace_s, self._compute_s(num_tokens) / load.num_layers)
+        layer_s = (self._compute_s(num_tokens) + beside_s) / load.num_layers
+        restore.stall_s = 0.0 if beside_s else first_in_s  # who is alone waits anyway: rather at the gate
+        return may_join(
+            load.layers_ready, load.num_layers, pace_s, layer_s, first_in_s=first_in_s, spare_s=restore.stall_s
+        )
+
+    def _layers_to_come(self, load: Load) -> tuple[float, float] | None:
+        """Seconds until the next layer is there, and for each one behind it. As it goes so far, or, before the first
+        layer is there, as it was lately in those places; None if that is not known, or is over."""
+        now = time.monotonic()
+        pace_s = load.layer_pace(now)
+        if pace_s is not None:
+            return pace_s, pace_s
+        load_s, lead_s = self._rates.load_s(load.job.pieces), self._rates.lead_s(load.job.pieces)
+        if load.result is not None or load.layers_ready or load_s is None or lead_s is None or self._loader.is_crowded:
+            return None
+        pace_s = max(0.0, load_s - lead_s) / load.num_layers
+        first_in_s = lead_s + pace_s - (now - load.began_at)
+        return (first_in_s, pace_s) if first_in_s > 0 else None
 
     def _compute_s(self, num_tokens: int) -> float:
         return num_tokens * (self._meter.prefill_s_per_token or 0.0)

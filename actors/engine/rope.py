@@ -196,7 +196,7 @@ def _multiply(out: Tensor, x: Tensor, factors: Tensor) -> None:
     if _has_complex_view(x) and _has_complex_view(out):
         torch.mul(_as_complex(x), factors, out=_as_complex(out))
     else:
-        turned = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        turned = x.to(torch.float32, copy=True)  # in x's order where it is dense: long runs of neighbours
         _as_complex(turned).mul_(factors)
         out.copy_(turned)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from actors.engine.sequence import ChunkSpan
 from actors.engine.transfer import Fence, Transfer
 from actors.engine.turns import ReadyChunk
-from storage.format import ChunkHeader, LayerShape, encode, encoded_size
+from storage.format import ChunkHeader, LayerShape, Layout, encode
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +212,9 @@ class Saver:
             dtype=self._dtype_name,
             layers=self._layers,
         )
-        future = self._executor.submit(self._save, job, header, self._transfer.computed())
-        self._ready.announce(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=encoded_size(header)), future)
+        layout = Layout.of(header)
+        future = self._executor.submit(self._save, job, layout, self._transfer.computed())
+        self._ready.announce(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=layout.num_bytes), future)
         self._running.append((job, future))
         future.add_done_callback(lambda _: self._wake())
 
@@ -235,10 +236,11 @@ class Saver:
     def close(self) -> None:
         self._executor.shutdown(wait=True)
 
-    def _save(self, job: SaveJob, header: ChunkHeader, computed: Fence) -> Bytes:
+    def _save(self, job: SaveJob, layout: Layout, computed: Fence) -> Bytes:
         self._transfer.begin_save(computed)
-        return self._encode(job, header)
+        return self._encode(job, layout)
 
-    def _encode(self, job: SaveJob, header: ChunkHeader) -> Bytes:
+    def _encode(self, job: SaveJob, layout: Layout) -> Bytes:
+        at = self._transfer.locate(job.rows, job.span.start, job.slot)
         with torch.inference_mode():
-            return encode(header, self._transfer.read(self._transfer.locate(job.rows, job.span.start, job.slot)))
+            return encode(layout.header, self._transfer.read(at), layout)

@@ -15,6 +15,7 @@ from cluster.bench.kv import Bytes, TurnKV
 from cluster.bench.timing import Case, Samples, drain, each, side_by_side
 from storage.format import read_chunk
 from storage.framing import checksum
+from storage.parts import in_parts, whole
 
 OBJECT_STORE_BYTES = 512 << 20
 TOUCH_SHARE = 0.8  # of the object store, filled once: the first touch of its pages runs at a tenth of the speed
@@ -34,11 +35,11 @@ class Exporter:
         """Hands all chunks to the saver."""
         self._futures = [self._saver.submit(self._turn.encode, i) for i in range(len(self._turn.chunks))]
 
-    def saved(self, i: int) -> Bytes:
-        return self._futures[i].result()
+    def saved(self, i: int) -> list[Bytes]:
+        return in_parts(self._futures[i].result())
 
-    def export(self, i: int) -> Bytes:
-        return self._turn.chunks[i]
+    def export(self, i: int) -> list[Bytes]:
+        return in_parts(self._turn.chunks[i])
 
     def fill(self, num_bytes: int) -> Bytes:
         return np.ones(num_bytes, np.uint8)
@@ -68,7 +69,7 @@ def measure_dram(turn: TurnKV, repeats: int) -> Samples:
 
         actor = ray.remote(Exporter).options(num_cpus=0, max_concurrency=NUM_EXPORTS).remote(turn)
         _touch_store(actor, free_bytes)
-        stored = [ray.put(chunk) for chunk in turn.chunks]
+        stored = [ray.put(in_parts(chunk)) for chunk in turn.chunks]
         everyone = range(len(turn.chunks))
         small = np.ones(SMALL_OBJECT_BYTES, np.uint8)
 
@@ -80,13 +81,13 @@ def measure_dram(turn: TurnKV, repeats: int) -> Samples:
             ray.wait([actor.export.remote(i) for i in everyone], num_returns=len(everyone), fetch_local=False)
 
         def load(i: int) -> None:
-            turn.load(i, read_chunk(ray.get(stored[i])))
+            turn.load(i, read_chunk(whole(ray.get(stored[i]))))
 
         cases: dict[str, Case] = {
             "memcpy": partial(each, turn.copy, everyone),
             "memcpy_2": lambda: drain(pool.map(turn.copy, everyone)),
             "encode": partial(each, turn.encode, everyone),
-            "put": partial(each, lambda i: ray.put(turn.chunks[i]), everyone),
+            "put": partial(each, lambda i: ray.put(in_parts(turn.chunks[i])), everyone),
             "put_small": partial(each, lambda _: ray.put(small), everyone),
             "checksum": partial(each, lambda i: checksum(turn.chunks[i]), everyone),
             "export": export,

@@ -21,7 +21,8 @@ class TurnKV:
 
     headers: list[ChunkHeader]
     layers: list[list[KV]]
-    """Per chunk and layer K and V [head, token, dim], views of [token, head, dim] as the engine has them."""
+    """Per chunk and layer K and V [head, token, dim], as the engine has them: K a view of the write buffer's
+    [token, head, dim], V a part of the pool's [head, all its tokens, dim]."""
     chunks: list[Bytes]
     """The same, encoded."""
     spare: list[Bytes]
@@ -75,9 +76,11 @@ def _header(i: int, layers: tuple[LayerShape, ...], dtype: str, chunk_tokens: in
 
 
 def _random_layer(header: ChunkHeader, shape: LayerShape) -> KV:
-    def array(dim: int) -> npt.NDArray[Any]:
-        values = torch.randn(header.num_tokens, shape.num_kv_heads, dim).to(getattr(torch, header.dtype))
+    def array(*sizes: int) -> npt.NDArray[Any]:
+        values = torch.randn(*sizes).to(getattr(torch, header.dtype))
         bits = values if values.dtype == torch.float32 else values.view(torch.int16)
-        return bits.numpy().view(header.numpy_dtype).transpose(1, 0, 2)
+        return bits.numpy().view(header.numpy_dtype)
 
-    return array(shape.k_dim), array(shape.v_dim)
+    num_tokens = header.num_tokens
+    keys = array(num_tokens, shape.num_kv_heads, shape.k_dim).transpose(1, 0, 2)
+    return keys, array(shape.num_kv_heads, 2 * num_tokens, shape.v_dim)[:, :num_tokens]

@@ -169,7 +169,7 @@ def _result(
             comparison="<=",
             bound=MAX_EXPOSED,
             value=h.lone,
-            note=f"the first of {num_layers} layers cannot be hidden: 1/{num_layers} = {1 / num_layers:.1%}",
+            note=f"of the first layer (1/{num_layers} = {1 / num_layers:.1%}) only its own projections hide some",
         )
         for h in hidden
     ]
@@ -226,9 +226,10 @@ def _result(
         },
         targets=targets,
         limits=(
-            f"Layer by layer a turn that comes to an idle engine sees the load of the first of {num_layers} layers."
-            " What it sees beyond that, and all it sees behind another turn, was not taken apart: the loader's wake-ups"
-            " and Python share two cores with the forward.",
-            "From the tail the last step and the last chunk end together only by chance: steps and chunks are whole.",
+            f"Layer by layer a turn that comes to an idle engine sees the load of the first of {num_layers} layers, but"
+            " for the embedding and the projections in front of the first attention.",
+            "Everything else it sees is the loader's own work (verify, rotate, copy), which takes its cycles from the"
+            " cores that compute. The throttled link stands still meanwhile, as a synchronous read does.",
+            "From the tail the two meet at the beginning of a chunk: up to half a chunk of load or compute is lost.",
         ),
     )

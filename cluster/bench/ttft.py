@@ -22,6 +22,7 @@ from cluster.bench.timing import side_by_side
 from cluster.bench.turns import Timed, TurnBench
 from policies import messages as m
 from storage.filesystem import FileTier, open_reader
+from storage.parts import in_parts
 
 HISTORY, NEW = 2048, 64
 TARGETS = {"hbm": 10.0, "dram": 9.0, "ssd": 6.0}
@@ -59,7 +60,7 @@ class _Places:
 
         tier = FileTier(self._folder, 1 << 40)
         for chunk in self._bench.chunks:
-            self._refs.append(ray.put(chunk.data))
+            self._refs.append(ray.put(in_parts(chunk.data)))
             tier.put(chunk.header.key, chunk.data)
         yield self
         self._refs.clear()

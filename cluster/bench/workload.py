@@ -264,11 +264,11 @@ def _limits(found: Mapping[str, Any], made: Comparison, sizes: Sizes) -> list[st
         f"{1 / (1 - found['hit_rate']):.1f} times as high; but a token costs "
         f"{on['prefill_s_per_token'] / off['prefill_s_per_token']:.1f} times as much, as there are fewer in a step to "
         f"share it ({on['tokens_per_step']:.0f} tokens of prefill and decode, {off['tokens_per_step']:.0f} without).",
-        f"TTFT: a turn waits for the step under way, is admitted with the next and computed with the one after, "
-        f"however little there is to compute. A step takes {1e3 * step_s:.0f} ms here with "
+        "TTFT: a turn waits for the step under way and is computed with the next, however little there is to compute. "
+        f"A step takes {1e3 * step_s:.0f} ms here with "
         f"{on['decode_tokens'] / max(1, on['steps']):.0f} turns decoding; later turns take "
         f"{1e3 * on['later_turns_ttft_s']:.0f} ms ({on['later_turns_ttft_s'] / step_s:.1f} steps), first ones "
-        f"{1e3 * on['first_turn_ttft_s']:.0f}. What is beyond two to three steps was not taken apart: restoring, "
+        f"{1e3 * on['first_turn_ttft_s']:.0f}. What is beyond two steps was not taken apart: restoring, "
         f"prefills of others, calls between processes that share the engine's cores. Lengths of {sizes.scale:g} of the "
         f"real ones shorten what reuse saves, but not this.",
         f"Busy time: decoding takes {1 - found['prefill_share_off']:.0%} of it without reuse (in the paper about "

@@ -40,6 +40,17 @@ def test_length_stop_tokens_and_end_tokens() -> None:
     assert _finish(SamplingParams(max_new_tokens=9, ignore_eos=True), ends) == (ANSWER[:9], FinishReason.LENGTH)
 
 
+def test_a_turn_is_computed_in_the_step_that_admits_it() -> None:
+    owner = Owner(make_engine(loaded("llama")))
+    owner.add("t", PROMPT, GREEDY)
+    owner.step()
+    assert owner.results["t"].token_ids == ANSWER[:1]
+    owner.add("next", (*PROMPT[:-1], 5), GREEDY)
+    owner.step()
+    assert len(owner.results["next"].tokens) == 1
+    assert owner.results["t"].token_ids == ANSWER[:2]
+
+
 def test_no_end_before_min_new_tokens() -> None:
     engine = make_engine(replace(loaded("llama"), eos_token_ids=(ANSWER[0],)))
     tokens, _ = _finish(SamplingParams(max_new_tokens=6, min_new_tokens=4), engine)

@@ -81,7 +81,7 @@ def test_a_stream_that_lags_changes_no_answer(lag: str, order: LoadOrder, monkey
     model = _on_cuda("llama")
     owner = Owner(make_engine(model, shuffle=1, order=order, kv_tokens=160, staging_buffers=2, load_deadline_s=1e9))
     owner.engine._restoring._joins = (  # type: ignore[method-assign]
-        lambda r: r.load.job.order is LoadOrder.LAYERS and r.may_join and r.load.layers_ready >= 1
+        lambda r, _: r.load.job.order is LoadOrder.LAYERS and r.may_join and r.load.layers_ready >= 1
     )
     _let_lag(lag, monkeypatch)
     base = random_prompt(50, 1)

@@ -114,6 +114,49 @@ def test_a_step_joins_a_load_before_its_last_layer_is_there() -> None:
     assert result.started[0].loaded == ((0, 150),)
 
 
+def test_a_turn_that_is_alone_joins_the_step_that_admits_it_before_any_layer_is_there() -> None:
+    owner = _filled()
+    owner.engine.meter.prefill_tokens_per_s = 20.0
+    owner.engine._rates._s_per_byte["slow"] = 1.2e-4  # 1.2 s for all that is loaded
+    owner.engine._rates._lead_s["slow"] = 0.1  # of them 1 s before the first layer
+    joined = threading.Event()
+    joined_after = _on_joining(owner, joined.set)
+
+    def before(layer: int) -> None:
+        if layer == 0:
+            assert joined.wait(20), "nobody joined"
+
+    prompt = (*PROMPT, *random_prompt(30, 2))
+    owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before)))
+    owner.step()
+    assert joined_after == [0]
+    result = owner.run()["t"]
+    assert _is_right(owner, "t", prompt)
+    assert result.started[0].loaded == ((0, 150),)
+
+
+def test_nobody_joins_a_load_that_may_not_have_begun() -> None:
+    owner = _filled(num_loaders=1)
+    owner.engine.meter.prefill_tokens_per_s = 20.0
+    owner.engine._rates._s_per_byte["slow"] = 1.2e-4
+    owner.engine._rates._lead_s["slow"] = 0.1
+    go = threading.Event()
+    joined_after = _on_joining(owner, go.set)
+
+    def before(_: int) -> None:
+        assert go.wait(20)
+
+    sources = tuple(_throttled(owner, before))
+    for name, new in (("a", 2), ("b", 3)):
+        owner.add(name, (*PROMPT, *random_prompt(30, new)), GREEDY, restore=sources)
+    owner.step()
+    assert joined_after == []
+    go.set()
+    owner.run()
+    assert _is_right(owner, "a", (*PROMPT, *random_prompt(30, 2)))
+    assert _is_right(owner, "b", (*PROMPT, *random_prompt(30, 3)))
+
+
 def test_what_is_computed_behind_a_joined_load_is_saved_and_stays() -> None:
     owner = _filled(keep_finished=True)
     owner.engine.forget_kept()
@@ -152,7 +195,7 @@ def test_a_late_layer_voids_the_turns_part_of_a_step_and_nobody_elses() -> None:
             assert go.wait(20)
 
     prompt = (*PROMPT, *random_prompt(30, 2))
-    owner.engine._restoring._joins = lambda restore: restore.may_join and restore.load.layers_ready >= 2  # type: ignore[method-assign]
+    owner.engine._restoring._joins = lambda restore, _: restore.may_join and restore.load.layers_ready >= 2  # type: ignore[method-assign]
     known = set(owner.store.chunks)
     owner.add("t", prompt, GREEDY, restore=tuple(_throttled(owner, before, only=0)))
     owner.add("other", random_prompt(20, 5), replace(GREEDY, max_new_tokens=30))

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.engine.overlap import (
-    MIN_FRONT_TOKENS,
+    STALL_SHARE,
     LoadOrder,
+    TailLoad,
     choose_order,
     front_tokens,
     may_join,
@@ -47,31 +48,54 @@ def test_a_turn_that_may_join_finds_every_layer_nearly_in_time(
         stalled += max(0.0, there_at - now)
         now = max(now, there_at) + compute_s
     joins = may_join(ready, num_layers, load_s, compute_s)
-    assert joins == (stalled <= 0.02 * num_layers * compute_s + 1e-12)
+    assert joins == (stalled <= STALL_SHARE * num_layers * compute_s + 1e-12)
 
 
-@pytest.mark.parametrize(("load_s", "compute_s"), [(1e-3, 1e-3), (3e-3, 1e-3), (1e-4, 1e-3), (1e-3, 3e-4)])
-def test_front_and_load_meet_at_the_ideal_time(load_s: float, compute_s: float) -> None:
+def _tail(
+    frontier: int, load_s: float, *, under_way_s: float = 0.0, chunk: int = 64, claimed: bool = False
+) -> TailLoad:
+    return TailLoad(
+        frontier=frontier,
+        gap_end=frontier - chunk if claimed else frontier,
+        starts=range(0, frontier, chunk),
+        s_per_token=load_s,
+        under_way_s=under_way_s,
+    )
+
+
+@pytest.mark.parametrize("claims", [False, True])
+@pytest.mark.parametrize(
+    ("load_s", "compute_s"), [(1e-3, 1e-3), (3e-3, 1e-3), (1e-4, 1e-3), (1e-3, 3e-4), (2e-3, 1e-3)]
+)
+def test_front_and_load_meet_at_the_ideal_time(load_s: float, compute_s: float, claims: bool) -> None:
     """Steps of at most 256 tokens against chunks of 64 that come from the tail."""
     total, chunk = 4096, 64
-    computed, loaded, now = 0, total, 0.0
-    next_chunk_at = chunk * load_s
+    computed, loaded, now, chunk_s = 0, total, 0.0, chunk * load_s
+    next_chunk_at = chunk_s
     while computed < loaded:
-        wanted = min(256, front_tokens(loaded - computed, load_s, compute_s))
+        tail = _tail(loaded, load_s, under_way_s=now - (next_chunk_at - chunk_s), claimed=claims)
+        wanted = min(256, front_tokens(computed, tail, compute_s))
         until = now + wanted * compute_s if wanted else next_chunk_at
         while next_chunk_at <= until and computed + wanted < loaded:
-            loaded = max(computed + wanted, loaded - chunk)
-            next_chunk_at += chunk * load_s
+            loaded -= chunk
+            next_chunk_at += chunk_s
         computed, now = computed + wanted, until
     ideal = total * load_s * compute_s / (load_s + compute_s)
-    assert now <= 1.1 * ideal + chunk * load_s
+    assert now <= ideal + chunk * min(load_s, compute_s) + 1e-9
 
 
 def test_a_load_that_is_nearly_there_is_waited_for() -> None:
-    assert front_tokens(2048, 1e-6, 1e-3) == 0
-    assert front_tokens(MIN_FRONT_TOKENS - 1, 1.0, 1e-6) == 0
-    assert front_tokens(2048, 0.0, 1e-3) == 0
-    assert front_tokens(2048, 1.0, None) == 0
+    assert front_tokens(0, _tail(2048, 1e-6), 1e-3) == 0
+    assert front_tokens(0, _tail(2048, 0.0), 1e-3) == 0
+    assert front_tokens(0, _tail(2048, 1.0), None) == 0
+    assert front_tokens(0, _tail(64, 1e-3, under_way_s=0.06), 1e-3) == 0
+
+
+def test_a_chunk_that_would_come_later_than_it_is_computed_is_computed_unless_it_is_being_written() -> None:
+    assert front_tokens(0, _tail(64, 1e-3), 1e-4) == 64
+    assert front_tokens(50, _tail(64, 1e-2), 1e-3) == 14
+    assert front_tokens(0, _tail(64, 1e-3, claimed=True), 1e-4) == 0
+    assert front_tokens(0, _tail(128, 1e-3, claimed=True), 1e-4) == 64
 
 
 def test_the_layers_that_must_be_ready_are_the_papers_read_buffer() -> None:

@@ -149,7 +149,6 @@ def test_an_aborted_turn_keeps_what_it_had_computed() -> None:
     owner.add("t", PROMPT, GREEDY)
     owner.step()
     owner.step()
-    owner.step()
     owner.engine.abort("t")
     owner.run()
     assert _ends(owner) == [(0, [16]), (16, [20])]

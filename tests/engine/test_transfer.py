@@ -201,7 +201,7 @@ def _engine(seed: int, orders: Callable[[], LoadOrder]) -> Engine:
     )
     engine._restoring._order = lambda *_: orders()  # type: ignore[method-assign]
     engine._restoring._joins = (  # type: ignore[method-assign]
-        lambda r: r.load.job.order is LoadOrder.LAYERS and r.may_join and r.load.layers_ready >= 1
+        lambda r, _: r.load.job.order is LoadOrder.LAYERS and r.may_join and r.load.layers_ready >= 1
     )
     assert isinstance(engine._saver._transfer, FakeCudaTransfer)
     watch(engine, engine._saver._transfer.fake)
