@@ -169,6 +169,7 @@ def connect(config: Config) -> bool:
             ray.init(address=address, **quiet)
         else:
             ray.init(
+                address="local",  # not one that happens to run on this machine: it has its own settings
                 object_store_memory=_local_store_bytes(config),
                 include_dashboard=False,
                 _system_config=RAY_SYSTEM_CONFIG,
