@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.engine.loading import ModelError
+from actors.engine.tokenizer import ModelError
 from actors.engine.turns import EngineConfig
 from actors.node_store import NodeStore, StorePlan
 from actors.replica import Replica, ReplicaPlan
