@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from actors.engine.params import SamplingParams
 from cluster.batch import BatchOptions
+from cluster.bringup import Running
 from cluster.config import Config, config_from
 
 KIB = 1024
 ANSWER_TOKENS = 12
+QUIET_S, REST_LIMIT_S = 0.5, 30.0
 
 
 def config_for(model: Path, *, replicas: int = 1, keep_finished: bool = True, **store: Any) -> Config:
@@ -40,3 +43,15 @@ def options_for(chats: Path, out: Path, **changes: Any) -> BatchOptions:
 def answers(out: Path) -> dict[tuple[str, int], list[int]]:
     rows = [json.loads(line) for line in (out / "turns.jsonl").read_text().splitlines()]
     return {(row["conversation_id"], row["turn"]): row["answer_token_ids"] for row in rows}
+
+
+def wait_until_at_rest(cluster: Running) -> None:
+    """Returns when nothing has been on its way between tiers for a moment: what was saved last is on SSD as well."""
+    deadline = time.monotonic() + REST_LIMIT_S
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < QUIET_S:
+        assert time.monotonic() < deadline, "the store does not come to rest"
+        figures = cluster.scheduler_stats()
+        if any(figures[name] for name in ("turns_running", "offers_pending", "incoming")):
+            quiet_since = time.monotonic()
+        time.sleep(0.05)

@@ -23,7 +23,7 @@ from cluster.batch import Listener, run_batch, run_on
 from cluster.config import Config, config_from
 from cluster.conversations import InputError
 from cluster.results import Row
-from tests.cluster.jobs import ANSWER_TOKENS, KIB, answers, config_for, options_for
+from tests.cluster.jobs import ANSWER_TOKENS, KIB, answers, config_for, options_for, wait_until_at_rest
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
@@ -123,7 +123,10 @@ def on_ssd(
     """
     folder = tmp_path_factory.mktemp("on_ssd")
     config = with_little_dram(small_model, folder / "ssd", keep_finished=False)
-    return folder, run_batch(config, options_for(chats, folder / "out"), Listener())
+    with bringup.running(config) as running:
+        report = run_on(running, options_for(chats, folder / "out"), Listener())
+        wait_until_at_rest(running)
+    return folder, report
 
 
 def test_little_dram_and_an_ssd_give_the_same_answers(
