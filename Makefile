@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests run in so many processes side by side.
+JOBS ?= 2
 
 # Idle OpenMP threads must sleep, not spin: spinning ones slow every neighbour on a shared machine.
 export OMP_WAIT_POLICY := PASSIVE
@@ -24,7 +26,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

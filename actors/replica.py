@@ -88,7 +88,7 @@ class Replica:
         self, replica_id: m.ReplicaId, plan: ReplicaPlan, scheduler: str, store: str, node_id: m.NodeId
     ) -> None:
         """`scheduler` and `store` are actors' names: handles in its arguments would keep Ray from starting it anew."""
-        from actors.engine.loading import load_tokenizer  # whoever holds a handle imports this file: no torch above
+        from actors.engine.tokenizer import load_tokenizer  # whoever holds a handle imports this file: no torch above
 
         self.replica_id = replica_id
         self._node_id = node_id

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from actors.engine.loading import load_tokenizer
 from actors.engine.params import SamplingParams, seed_of
+from actors.engine.tokenizer import load_tokenizer
 from actors.wire import TurnRequest
 from cluster.bringup import Running, running
 from cluster.chat import ChatFormat, RenderedPrompt, TemplateError, Transcript

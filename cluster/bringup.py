@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.engine.loading import ModelError
+from actors.engine.tokenizer import ModelError
 from actors.engine.turns import EngineConfig
 from actors.node_store import NodeStore, StorePlan
 from actors.replica import Replica, ReplicaPlan
@@ -169,6 +169,7 @@ def connect(config: Config) -> bool:
             ray.init(address=address, **quiet)
         else:
             ray.init(
+                address="local",  # not one that happens to run on this machine: it has its own settings
                 object_store_memory=_local_store_bytes(config),
                 include_dashboard=False,
                 _system_config=RAY_SYSTEM_CONFIG,

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # policies of one's own are found from where one stands
         sys.path.append(os.getcwd())
     logging.basicConfig(level=logging.WARNING if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
-    from actors.engine.loading import ModelError
+    from actors.engine.tokenizer import ModelError
     from cluster.bringup import BringUpError
     from cluster.config import ConfigError
     from cluster.conversations import InputError

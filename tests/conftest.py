@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_worker_niceness", "0")  # as equals of the tests beside them, not after those
 for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
     os.environ.setdefault(name, "testing")
 
@@ -21,6 +23,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIB = 1 << 20
+ONE_CLUSTER = ("tests/cluster", "tests/serving", "tests/web")
+"""Folders whose files share a running cluster."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`pytest -n 2`: a file is run by one process, and so is a folder whose files share a cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder in ONE_CLUSTER else file
+
+    return ByCluster(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +50,7 @@ def local_ray() -> Iterator[None]:
         yield
         return
     ray.init(
+        address="local",
         num_cpus=2,
         object_store_memory=256 * MIB,
         include_dashboard=False,

@@ -15,6 +15,7 @@ from actors.engine.blocks import BlockTable, KVPool
 from actors.engine.hooks import IdentityRotary, rotary_identity
 from actors.engine.probe import LayerFacts
 from actors.engine.runner import BatchPart, ModelRunner, build_batch
+from actors.engine.tokenizer import ModelError
 from storage.format import LayerShape
 
 _RECURRENT = re.compile(
@@ -30,10 +31,6 @@ _BLOCK_TOKENS = 4
 _LENGTHS = (24, 7)
 # Tokens per turn and step: prefill in chunks, together with a second turn, then decodes.
 _SCHEDULE = ((10, 4), (9, 0), (1, 2), (1, 1), (1, 0), (1, 0), (1, 0))
-
-
-class ModelError(ValueError):
-    """The model cannot be loaded; the message says why and what to do."""
 
 
 class UnsupportedModel(ModelError):  # noqa: N818 - a verdict, not a mishap

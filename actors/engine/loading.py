@@ -7,22 +7,22 @@ which the two differ is refused, whatever the reason: a wrong answer is worse th
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.engine.adapters import adapt
-from actors.engine.compat import ModelError, UnsupportedModel, check_against_stock, refuse_known, stock_logits
+from actors.engine.compat import UnsupportedModel, check_against_stock, refuse_known, stock_logits
 from actors.engine.fingerprint import fingerprint_files, fingerprint_tokenizer, fingerprint_weights
 from actors.engine.hooks import ATTENTION_NAME, wrap_rotary
 from actors.engine.linear import speed_up_few_rows
 from actors.engine.probe import LayerFacts, ProbeError, probe
 from actors.engine.rope import Rotation
+from actors.engine.tokenizer import ModelError, find_folder, first_line, load_tokenizer, tokenizer_in
 from storage.format import LayerShape
 from storage.keys import KeySpace
 
@@ -68,7 +68,7 @@ class LoadedModel:
             raise ModelError(
                 f"{name} does not fit into the memory of {where}: take a smaller model or dtype"
             ) from error
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = tokenizer_in(folder)
         return cls.from_model(model, tokenizer, fingerprint=fingerprint_files(config, weights), tokenizer_folder=folder)
 
     @classmethod
@@ -132,49 +132,13 @@ def _find_facts(model: Any, context_window: int) -> list[LayerFacts]:
     return facts
 
 
-def find_folder(name: str) -> Path:
-    """The folder of a local path, or of a hub id after downloading it (once; later from the cache)."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    looks_local = (
-        path.is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") != 1
-        or os.sep != "/"
-        or path.parent.is_dir()
-    )
-    if path.exists():
-        raise ModelError(f"{name} is a file; give the folder that holds config.json and the weights")
-    if looks_local:
-        raise ModelError(f"no model folder {name}: check the path (from {Path.cwd()}), or give a hub id like org/name")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{name} is neither a folder here nor in the local hub cache, and the hub cannot be reached: give a local"
-            " folder, or download the model first"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot get {name} from the hub: {first_line}") from error
-
-
 def _load_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ModelError(f"no config.json in {folder}: this is not a transformers model folder")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}: unsupported architecture or damaged config.json ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: unsupported architecture or damaged config.json ({first_line(error)})") from error
 
 
 def _load_weights(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
@@ -191,10 +155,10 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
     except ValueError as error:
         raise ModelError(
             f"{folder}: unsupported architecture {config.model_type!r}: transformers has no causal language model of"
-            f" this type ({_first_line(error)})"
+            f" this type ({first_line(error)})"
         ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: its weights cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{folder}: its weights cannot be loaded ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -202,23 +166,6 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype | str) -> Any:
             " download is incomplete, or config.json belongs to another model"
         )
     return model
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local folder or hub id, without its model. ModelError."""
-    return _load_tokenizer(find_folder(name))
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: no usable tokenizer ({_first_line(error)}); copy tokenizer.json there") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _pick_device(device: str) -> torch.device:

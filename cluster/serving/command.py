@@ -61,14 +61,14 @@ def _run(options: argparse.Namespace) -> None:
 
 def serve_until_interrupted(config: Any, host: str, port: int) -> None:
     """Returns after SIGINT or SIGTERM, when running turns have ended. Raises what bring-up raises, in words."""
-    from actors.engine.loading import load_tokenizer
+    from actors.engine.tokenizer import load_tokenizer
     from cluster import bringup
     from cluster.serving.tenants import open_keyring
 
     bringup.check(config)
-    load_tokenizer(config.model.path)
-    open_keyring(config.serving.keys_file)
     _check_port(host, port)
+    open_keyring(config.serving.keys_file)
+    load_tokenizer(config.model.path)  # last: it takes seconds
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.set())

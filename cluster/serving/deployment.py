@@ -19,7 +19,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
 
-from actors.engine.loading import load_tokenizer
+from actors.engine.tokenizer import load_tokenizer
 from cluster.chat import ChatFormat
 from cluster.config import Config, config_from
 from cluster.serving.api import create_app

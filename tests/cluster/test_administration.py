@@ -19,7 +19,7 @@ from cluster import bringup
 from policies import messages as m
 from policies.messages import Tier
 from storage import keys
-from tests.cluster.test_batch import config_for
+from tests.cluster.jobs import config_for
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,16 @@ import ray
 
 from actors.engine.params import SamplingParams
 from cluster import bringup
-from cluster.batch import BatchOptions, Listener, run_batch, run_on
+from cluster.batch import Listener, run_batch, run_on
 from cluster.config import Config, config_from
 from cluster.conversations import InputError
 from cluster.results import Row
+from tests.cluster.jobs import ANSWER_TOKENS, KIB, answers, config_for, options_for, wait_until_at_rest
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
-KIB = 1024
 SYSTEM = "You are a careful guide. " * 12
 NUM_CONVERSATIONS, NUM_TURNS = 4, 4
-ANSWER_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -45,42 +45,6 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps({"id": f"chat-{i}", "messages": messages}))
     file.write_text("\n".join(lines) + "\n")
     return file
-
-
-def config_for(model: Path, *, replicas: int = 1, keep_finished: bool = True, **store: Any) -> Config:
-    return config_from(
-        {
-            "model": {
-                "path": str(model),
-                "chunk_tokens": 32,
-                "block_tokens": 8,
-                "kv_tokens": 4096,
-                "max_step_tokens": 128,
-                "num_threads": 1,
-                "keep_finished": keep_finished,
-            },
-            "store": {"dram_bytes": 64 << 20, **store},
-            "cluster": {"num_replicas": replicas, "cpus_per_replica": 0.5, "start_limit_s": 60, "heartbeat_s": 0.3},
-        }
-    )
-
-
-def options_for(chats: Path, out: Path, **changes: Any) -> BatchOptions:
-    sampling = SamplingParams(max_new_tokens=ANSWER_TOKENS, ignore_eos=True)
-    return BatchOptions(input=str(chats), out=str(out), **{"concurrency": 3, "sampling": sampling, **changes})
-
-
-def answers(out: Path) -> dict[tuple[str, int], list[int]]:
-    rows = [json.loads(line) for line in (out / "turns.jsonl").read_text().splitlines()]
-    return {(row["conversation_id"], row["turn"]): row["answer_token_ids"] for row in rows}
-
-
-@pytest.fixture(scope="module")
-def cluster(local_ray: None, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bringup.Running]:
-    """One cluster for all tests that need no special one; with an SSD tier."""
-    ssd = tmp_path_factory.mktemp("ssd")
-    with bringup.running(config_for(small_model, ssd_url=str(ssd), ssd_bytes=64 << 20)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +107,43 @@ def test_the_shared_system_prompt_is_hit_across_sessions(undisturbed: tuple[Path
     assert sum(count >= 32 for count in reused) >= 1
 
 
+def with_little_dram(model: Path, ssd: Path, *, keep_finished: bool) -> Config:
+    return config_for(
+        model, keep_finished=keep_finished, dram_bytes=300 * KIB, ssd_url=f"file://{ssd}", ssd_bytes=64 << 20
+    )
+
+
+@pytest.fixture(scope="module")
+def on_ssd(
+    local_ray: None, small_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A folder with the files and the answers that a cluster with little DRAM left; and its report. Not to be changed.
+
+    Without HBM: all has to come from there, and what the store declines while it is in HBM is not offered again.
+    """
+    folder = tmp_path_factory.mktemp("on_ssd")
+    config = with_little_dram(small_model, folder / "ssd", keep_finished=False)
+    with bringup.running(config) as running:
+        report = run_on(running, options_for(chats, folder / "out"), Listener())
+        wait_until_at_rest(running)
+    return folder, report
+
+
 def test_little_dram_and_an_ssd_give_the_same_answers(
-    undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, Any]],
+    on_ssd: tuple[Path, dict[str, Any]],
+    small_model: Path,
+    chats: Path,
+    tmp_path: Path,
 ) -> None:
-    """Without HBM: all has to come from here, and what the store declines while it is in HBM is not offered again."""
-    ssd = f"file://{tmp_path / 'ssd'}"
-    config = config_for(small_model, keep_finished=False, dram_bytes=300 * KIB, ssd_url=ssd, ssd_bytes=64 << 20)
-    report = run_batch(config, options_for(chats, tmp_path / "out"), Listener())
+    folder, report = on_ssd
     check_accounts(report)
-    assert answers(tmp_path / "out") == answers(undisturbed[0])
+    assert answers(folder / "out") == answers(undisturbed[0])
     assert report["peak_bytes"]["dram"] <= 300 * KIB < report["stored_bytes"]["ssd"]
     assert report["reused_tokens"]["ssd"] > 0
 
+    shutil.copytree(folder / "ssd", tmp_path / "ssd")
+    config = with_little_dram(small_model, tmp_path / "ssd", keep_finished=False)
     again = run_batch(config, options_for(chats, tmp_path / "again"), Listener())
     check_accounts(again)
     assert answers(tmp_path / "again") == answers(undisturbed[0])
@@ -246,14 +235,18 @@ def test_preempted_turns_go_on_from_their_saved_chunks(
 
 
 def test_corrupt_files_are_misses(
-    undisturbed: tuple[Path, dict[str, Any]], small_model: Path, chats: Path, tmp_path: Path
+    undisturbed: tuple[Path, dict[str, Any]],
+    on_ssd: tuple[Path, dict[str, Any]],
+    small_model: Path,
+    chats: Path,
+    tmp_path: Path,
 ) -> None:
-    config = config_for(small_model, dram_bytes=300 * KIB, ssd_url=str(tmp_path / "ssd"), ssd_bytes=64 << 20)
-    run_batch(config, options_for(chats, tmp_path / "first"), Listener())
+    shutil.copytree(on_ssd[0] / "ssd", tmp_path / "ssd")
     for file in (tmp_path / "ssd").rglob("*.arrow"):
         data = bytearray(file.read_bytes())
         data[-len(data) // 3] ^= 0x40
         file.write_bytes(data)
+    config = with_little_dram(small_model, tmp_path / "ssd", keep_finished=True)
     report = run_batch(config, options_for(chats, tmp_path / "out"), Listener())
     assert report["failed_turns"] == 0
     assert report["unaccounted_tokens"] == 0

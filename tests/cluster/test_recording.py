@@ -20,7 +20,7 @@ from policies.eventlog import Entry, read_log
 from policies.messages import SchedulerConfig
 from policies.scheduler import Scheduler
 from policies.simulator.relive import decide_anew, relive
-from tests.cluster.test_batch import KIB, config_for, options_for
+from tests.cluster.jobs import KIB, config_for, options_for
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 

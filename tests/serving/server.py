@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from actors.engine.loading import load_tokenizer
+from actors.engine.tokenizer import load_tokenizer
 from cluster.bringup import Running, running
 from cluster.chat import ChatFormat
 from cluster.config import Config, config_from

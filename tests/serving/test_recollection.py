@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.engine.loading import load_tokenizer
+from actors.engine.tokenizer import load_tokenizer
 from cluster.chat import ChatFormat
 from cluster.conversations import Message
 from cluster.serving.recollection import BLOCK_CHARS, Recalled, Recollection
