@@ -108,6 +108,8 @@ class Administrator:
 
     def note_chunk(self, chunk: Chunk) -> None:
         """A copy of it came or went: its pins move to the lowest one, and faster tiers are free for others."""
+        if not self.pins:
+            return
         lowest = _lowest_copy(chunk)
         for copy in chunk.copies.values():
             if lowest is not None and copy is not lowest:

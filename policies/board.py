@@ -36,6 +36,7 @@ class Board:
     outbox: list[Command] = field(default_factory=list)
     changed_places: set[Place] = field(default_factory=set)  # more bytes there: look at the watermarks
     changed_chunks: set[ChunkKey] = field(default_factory=set)  # a copy came, went or failed: who waits for it?
+    raised_chunks: set[ChunkKey] = field(default_factory=set)  # part of them: came to DRAM as was wanted, no more to do
     freed_nodes: set[NodeId] = field(default_factory=set)  # DRAM bytes or a fetch slot are free
     awaiting: set[Order] = field(default_factory=set)  # turns whose chunks are being brought: what came stays
     claims: dict[NodeId, SortedKeys[Order]] = field(default_factory=dict)  # who waits there for bytes or a fetch slot

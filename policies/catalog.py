@@ -445,7 +445,9 @@ class Catalog:
     def _count_incoming(self, copy: Copy, change: int) -> None:
         if copy.state not in INCOMING:
             return
-        counts = self.incoming.setdefault(copy.place.node_id, Counter())
+        counts = self.incoming.get(copy.place.node_id)
+        if counts is None:
+            counts = self.incoming[copy.place.node_id] = Counter()
         counts[copy.state] += change
         if not counts[copy.state]:
             del counts[copy.state]

@@ -193,8 +193,11 @@ class Dispatcher:
 
     def note_chunk(self, key: ChunkKey) -> None:
         """A copy of this chunk came, went or failed: who now lacks nothing, or cannot have it, is looked at again."""
+        waiting = self.waiting_for.get(key)
+        if waiting is None:
+            return
         chunk = self._catalog.chunks.get(key)
-        for turn_id in list(self.waiting_for.get(key, ())):
+        for turn_id in list(waiting):
             record = self.turns[turn_id]
             assert record.node_id is not None, "it is brought somewhere"
             is_there = chunk is not None and find_copy(chunk, self._fleet.places_of(record.node_id)) is not None

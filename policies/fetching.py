@@ -106,6 +106,7 @@ class Fetcher:
             self._catalog.arrive(chunk, copy, self._board.now)
             copy.fetched_at = self._board.now
             self._board.changed_chunks.add(chunk.key)
+            self._board.raised_chunks.add(chunk.key)
             self._board.freed_nodes.add(event.node_id)
 
     def on_fetch_failed(self, command: Fetch) -> None:

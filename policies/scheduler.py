@@ -105,6 +105,7 @@ class Scheduler:
             m.SessionDeleted: self.administrator.on_deleted,
             m.Tick: self._on_tick,
         }
+        self._counter_names = {kind: f"events.{kind.__name__}" for kind in self._handlers}
 
     def _policy(self, kind: str, given: object | None) -> object:
         policy = load_policy(kind, getattr(self.config, kind)) if given is None else given
@@ -117,7 +118,7 @@ class Scheduler:
         """One event at the time `now` (seconds, any origin; never backwards). Returns the commands, in order."""
         board = self.board
         board.begin(now)
-        board.counters[f"events.{type(event).__name__}"] += 1
+        board.counters[self._counter_names[type(event)]] += 1
         board.timers.run_due(board.now)
         self._handlers[type(event)](event)
         self._settle()
@@ -147,12 +148,13 @@ class Scheduler:
     def _settle_chunks(self) -> None:
         self.board.candidates.settle()
         keys, self.board.changed_chunks = self.board.changed_chunks, set()
+        raised, self.board.raised_chunks = self.board.raised_chunks, set()
         for key in sorted(keys):
             self.dispatcher.note_chunk(key)
             chunk = self.board.catalog.chunks.get(key)
             if chunk is not None:
                 self.administrator.note_chunk(chunk)
-            if chunk is not None and chunk.next_use is not None:
+            if chunk is not None and chunk.next_use is not None and key not in raised:
                 self.fetcher.note_waiting(chunk.next_use)
 
     def _settle_nodes(self) -> None:
