@@ -205,6 +205,7 @@ def _add_setup(parser: Any, load: str = 'offered load, or "recorded" (as set up)
     group.add_argument("--hardware", help=", ".join(MACHINES))
     group.add_argument("--model", help=", ".join(MODELS))
     group.add_argument("--gpus", type=int, help="of one replica")
+    group.add_argument("--advice", type=float, metavar="SECONDS", help="a follow-up is announced so long before (0)")
     group.add_argument("--warm-up", type=float, metavar="SHARE", help="of the turns that do not count")
 
 

@@ -30,6 +30,7 @@ def wanted_of(options: argparse.Namespace, load: str | None = None) -> Wanted:
         model=options.model,
         gpus=options.gpus,
         warm_up=options.warm_up,
+        advice_s=options.advice,
         is_strict=options.strict,
         policies=checked_policies(given),
     )

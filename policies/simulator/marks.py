@@ -184,6 +184,19 @@ class Marker:
             reuse=self._reuse,
         )
 
+    def outlook(self, request: Request) -> Turn:
+        """What is known of a follow-up before it comes: its parent's prompt and answer."""
+        parent = self.parent_of(request)
+        text = self._texts[parent.request_id] if parent is not None else Text((), 0, 0, "")
+        return Turn(
+            turn_id=f"t{request.request_id}",
+            session_id=f"s{request.session_id}",
+            prompt=text.marks,
+            num_prompt_tokens=text.marks[-1].end if text.marks else 0,
+            max_new_tokens=1,
+            reuse=self._reuse,
+        )
+
     def _text(self, request: Request) -> Text:
         parent = self.parent_of(request)
         kinship = self._kinship(request)

@@ -66,6 +66,8 @@ class Setup:
     """False: every turn says that it may not reuse, and nothing is offered."""
     reuse_after_truncation: bool = False
     """See marks.py."""
+    advice_s: float = 0.0
+    """So long before a follow-up comes its client says that it will (advisory prefetch); 0: nobody does."""
     offer_early: bool = True
     """Full chunks of the prompt are offered with the first token, as by the live engine; else with the turn's end."""
     num_loaders: int = 2
@@ -94,7 +96,7 @@ class Setup:
         )
         require_positive(self, (*counts, "num_windows"), "give a whole number of 1 or more")
         require_positive(self, ("load_deadline_s", "tick_s"), "give seconds above 0")
-        require_not_negative(self, ("drop_s",), "give seconds, 0 or more")
+        require_not_negative(self, ("drop_s", "advice_s"), "give seconds, 0 or more")
         for name in ("failure_share", "warm_up"):
             if not 0 <= getattr(self, name) < 1:
                 raise SetupError(f"Setup.{name} is {getattr(self, name)}: give a share from 0 to below 1")

@@ -39,6 +39,7 @@ Progress = Callable[[int, int], None]
 POLICY_KINDS = ("eviction", "prefetch", "placement", "admission", "serving_order")
 PATIENCE_S = 600.0  # virtual seconds in which the scheduler must have found something to do for waiting turns
 TOLD_EVERY = 500  # turns
+ADVICE_ENDS_S = 1.0  # after the follow-up should have come
 
 
 class SimulationStuck(RuntimeError):  # noqa: N818 - named like what happened
@@ -180,8 +181,15 @@ class Simulation:
         self.num_ended += 1
         del self._requests[f"t{request.request_id}"]
         for child in self.marker.children.get(request.request_id, ()):
-            when = self.clock.now + (child.think_s or 0.0)
-            self.clock.at(max(when, self._arrival_s(child)), self._submit, child)
+            when = max(self.clock.now + (child.think_s or 0.0), self._arrival_s(child))
+            if self.setup.advice_s:
+                self.clock.at(max(self.clock.now, when - self.setup.advice_s), self._advise, child, when)
+            self.clock.at(when, self._submit, child)
+
+    def _advise(self, request: Request, when: float) -> None:
+        """A client says that it is about to go on, and leaves some time for being late."""
+        seconds = 2 * (when - self.clock.now) + ADVICE_ENDS_S
+        self.around.mail.append(m.SessionExpected(turn=self.marker.outlook(request), seconds=seconds))
 
     # --- the scheduler ------------------------------------------------------------------------------------------------
 

@@ -168,6 +168,17 @@ def test_pinned_chunks_stay_until_time_is_up() -> None:
     assert gone(driver.obey(driver.offer(chunks_of(text(6, 4))))) == names(A, E)
 
 
+def test_a_shared_prefix_is_pinned_and_deleted_under_a_name_of_its_own() -> None:
+    """Nobody by that name ever spoke: the marks say what is meant."""
+    driver = make()
+    fill(driver, A, B, D, E)
+    pin(driver, A, session="the system prompt")
+    assert key_of(A) not in press(driver)
+    driver.obey(delete(driver, A, session="the system prompt"))
+    assert key_of(A) not in driver.stored()
+    assert driver.figures["leases"] == 0
+
+
 def test_a_pin_is_replaced_and_taken_away() -> None:
     driver = make()
     fill(driver, A, B, D, E)

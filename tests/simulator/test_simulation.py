@@ -238,3 +238,23 @@ def test_a_scheduler_that_forgets_turns_is_found_out() -> None:
 def test_an_empty_trace_is_over_at_once() -> None:
     result = simulate(trace_of(), replace(setup_of(), offered_load=None))
     assert (result.num_turns, result.hit_rate, result.mean_queue_length) == (0, 0.0, 0.0)
+
+
+def test_who_says_that_he_is_about_to_speak_finds_his_chunks_in_dram() -> None:
+    """Two conversations and DRAM for one of them: without a word the one that comes back is read from the SSD."""
+    requests = [request(0, 400, session_id=0), request(1, 400, session_id=1, arrival_s=20.0)]
+    back = request(2, 401, session_id=0, parent=0, arrival_s=60.0)
+    figures = {}
+    for advice_s in (0.0, 5.0):
+        setup = setup_of(budgets=TierBudgets(dram=500, ssd=4_000, unit="tokens"), advice_s=advice_s)
+        heard: list[m.Event] = []
+        result = simulate(
+            trace_of(*requests, back),
+            setup,
+            event_sink=lambda now, event, commands: heard.append(event),  # noqa: B023
+        )
+        assert sum(isinstance(event, m.SessionExpected) for event in heard) == (1 if advice_s else 0)
+        figures[advice_s] = result.reused
+    assert figures[0.0].get("ssd", 0) > 100
+    assert figures[5.0].get("ssd", 0) == 0
+    assert sum(figures[5.0].values()) == sum(figures[0.0].values())

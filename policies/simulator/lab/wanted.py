@@ -63,6 +63,7 @@ class Wanted:
     gpus: int | None = None
     """Of one replica."""
     warm_up: float | None = None
+    advice_s: float | None = None
     is_strict: bool = False
     """A policy that misbehaves ends the run; otherwise its faults are counted."""
     policies: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +84,12 @@ class Wanted:
         changes: dict[str, Any] = {"scheduler": scheduler, "chunk_tokens": _fitting(base.chunk_tokens, trace)}
         if self.load is not None:
             changes["offered_load"] = None if self.load == RECORDED else float(self.load)
-        counts = {"num_nodes": self.nodes, "warm_up": self.warm_up, "gpus_per_replica": self.gpus}
+        counts = {
+            "num_nodes": self.nodes,
+            "warm_up": self.warm_up,
+            "gpus_per_replica": self.gpus,
+            "advice_s": self.advice_s,
+        }
         changes |= {name: value for name, value in counts.items() if value is not None}
         if self.hardware is not None:
             changes["machine"] = machine_named(self.hardware)
