@@ -59,7 +59,7 @@ class Administrator:
             self._withdraw(next(iter(self.expected)))
         self.expected[session_id] = name
         order = self._board.queue.new_order((LAST_CLASS, self._board.now))
-        self._board.candidates.refresh_marks(self._board.queue.add(replace(event.turn, turn_id=name), order))
+        self._board.candidates.note_marks(self._board.queue.add(replace(event.turn, turn_id=name), order))
         if event.turn.reuse:
             self._fetcher.note_waiting(order)
         self._board.timers.at(self._board.now + event.seconds, self._cease, session_id, order)
@@ -81,7 +81,7 @@ class Administrator:
             return
         order = self._board.queue.order_of(name)
         marks = self._board.queue.remove(name)
-        self._board.candidates.refresh_marks(marks)
+        self._board.candidates.note_marks(marks)
         self._fetcher.note_gone(order, marks)
 
     # --- pinned -------------------------------------------------------------------------------------------------------

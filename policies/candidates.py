@@ -52,7 +52,7 @@ class Candidates:
             if listing != copy.listed_as:
                 self._relist(chunk, copy, listing)
 
-    def refresh_marks(self, marks: Sequence[ChunkKey]) -> None:
+    def note_marks(self, marks: Sequence[ChunkKey]) -> None:
         """The next use of these marks changed."""
         for mark in marks:
             chunk = self._catalog.representative(mark)

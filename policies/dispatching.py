@@ -148,7 +148,7 @@ class Dispatcher:
     def _enqueue(self, record: TurnRecord, links: Sequence[Link]) -> None:
         turn = record.turn
         self.turns[turn.turn_id] = record
-        self._board.candidates.refresh_marks(self._board.queue.add(turn, record.order))
+        self._board.candidates.note_marks(self._board.queue.add(turn, record.order))
         self._make_ready(record, links)
         if turn.reuse:
             self._fetcher.note_waiting(record.order)
@@ -158,7 +158,7 @@ class Dispatcher:
         self._stop_awaiting(record)
         self._make_unready(record)
         marks = self._board.queue.remove(record.turn.turn_id)
-        self._board.candidates.refresh_marks(marks)
+        self._board.candidates.note_marks(marks)
         self._fetcher.note_gone(record.order, marks)
         if record.node_id is not None:  # bytes that it had claimed there are for others
             self._board.freed_nodes.add(record.node_id)

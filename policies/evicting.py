@@ -139,6 +139,7 @@ class Evictor:
         self._board.note_drop(copy, cause)
         self._catalog.condemn(chunk, copy, cause)
         self._board.changed_chunks.add(chunk.key)
+        self._board.raised_chunks.discard(chunk.key)  # raised and dropped by one event: there is more to do after all
         self._repeat_drop(chunk, copy)
         return copy.num_bytes
 

@@ -36,8 +36,8 @@ class Fetcher:
     """Raises chunks into DRAM.
 
     `unready` are the waiting turns that may have chunks to be fetched. A turn leaves it when all its chunks are in DRAM
-    or under way, and comes back when one of them arrives, fails or goes. One that found no slot or no bytes on its node
-    is `parked` there until some may be had: nobody is looked at in vain at every event.
+    or under way, and comes back when one of them is saved, fails or goes. One that found no slot or no bytes on its
+    node is `parked` there until some may be had: nobody is looked at in vain at every event.
     """
 
     def __init__(self, board: Board, evictor: Evictor, policy: PrefetchPolicy) -> None:

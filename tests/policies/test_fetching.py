@@ -9,7 +9,7 @@ from policies.dispatching import MAX_ASIDE
 from policies.messages import SchedulerConfig, Tier
 from policies.places import SHARED
 from tests.policies.driver import Driver, answer, only, the
-from tests.policies.texts import Tokens, chunks_of, text
+from tests.policies.texts import Tokens, chunks_of, key_of, text
 
 A, B, D = text(1, 8), text(2, 8), text(3, 8)
 
@@ -419,3 +419,17 @@ def test_turns_waiting_for_chunks_step_aside() -> None:
     fetches = driver.submit("a/1", A)
     assert the(driver.submit("b/1", B), m.Dispatch).turn_id == "b/1"
     assert the(driver.obey(fetches), m.Dispatch).turn_id == "a/1"
+
+
+def test_a_chunk_raised_and_dropped_by_one_event_is_looked_at_again() -> None:
+    """An arrival leaves nothing to do, unless the very event that tells of it also takes the chunk out again."""
+    driver = Driver()
+    driver.join(dram=1000, ssd=1000)
+    driver.replica()
+    driver.store(A)
+    board = driver.scheduler.board
+    chunk = board.catalog.chunks[key_of(A)]
+    [copy] = [copy for place, copy in chunk.copies.items() if place.tier is Tier.DRAM]
+    board.raised_chunks.add(chunk.key)
+    driver.scheduler.evictor.drop(chunk, copy, m.Cause.EVICTED)
+    assert chunk.key in board.changed_chunks - board.raised_chunks
