@@ -26,7 +26,7 @@ from torch import Tensor
 from actors.engine.load import Load, LoadRates, RestoreJob, restored
 from actors.engine.overlap import LoadOrder
 from actors.engine.sequence import Piece
-from actors.engine.transfer import KV, Fence, TokenRows, Transfer
+from actors.engine.transfer import KV, Fence, LayerPart, TokenRows, Transfer
 from storage.format import ChunkHeader, ChunkReader, CorruptChunk, LayerShape
 
 log = logging.getLogger(__name__)
@@ -157,10 +157,9 @@ class Loader:
             if found is None:
                 break
             arrays.append(found)
-        for i, found in enumerate(arrays):
-            if load.is_abandoned:
-                return 0
-            self._write(load.job, i, layer, found, places[i])
+        if load.is_abandoned:
+            return 0
+        self._write(load.job, layer, list(zip(range(len(arrays)), arrays, places)))
         return 0 if load.is_abandoned else len(arrays)
 
     # --- from the tail ------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ class Loader:
                 found = None if load.is_abandoned else self._read(job, i, layer, reader, failures)
                 if found is None:
                     return None
-                self._write(job, i, layer, found, place)
+                self._write(job, layer, [(i, found, place)])
             self._rates.measured(job.pieces[i], time.monotonic() - began)
             return reader.header.marks
 
@@ -233,12 +232,16 @@ class Loader:
             failures[i] = error  # as above: reading a layer goes to the source
             return None
 
-    def _write(self, job: RestoreJob, i: int, layer: int, found: KV, at: TokenRows) -> None:
-        """These tokens of one layer of one chunk."""
-        first = job.pieces[i].start
-        wanted = slice(at.start - first, at.end - first)
-        raw_keys, plain_values = (self._to_tensor(array)[:, wanted].transpose(0, 1) for array in found)
-        self._transfer.write(layer, at, raw_keys, plain_values)
+    def _write(self, job: RestoreJob, layer: int, found: Sequence[tuple[int, KV, TokenRows]]) -> None:
+        """These tokens of one layer of some chunks: each by number, as read, and where it goes."""
+        parts = []
+        for i, arrays, at in found:
+            first = job.pieces[i].start
+            wanted = slice(at.start - first, at.end - first)
+            keys, values = (self._to_tensor(array)[:, wanted].transpose(0, 1) for array in arrays)
+            parts.append(LayerPart(at, keys, values))
+        if parts:
+            self._transfer.write(layer, parts)
 
     def _to_tensor(self, array: npt.NDArray[Any]) -> Tensor:
         """A view of [H, n, D] as the pool's type; 16-bit floats arrive as bit patterns."""

@@ -157,7 +157,7 @@ class Rotation:
         return out
 
     def rotate_into(self, out: Tensor, x: Tensor, phases: Tensor) -> None:
-        """Like `rotate`, into `out` [T, H, D]: of x's type, any strides (a slice of the pool), apart from x in memory.
+        """Like `rotate`, into `out` [T, H, D]: of x's type, any strides (a slice of the pool), apart from x or x itself.
 
         The arithmetic is float32. The result of one element does not depend on the shape or strides it was computed
         with or on the number of threads: a key that is loaded and rotated has the same bits as one that was rotated
@@ -168,7 +168,12 @@ class Rotation:
             _rotate_pairs(out, x, phases)
         else:
             _rotate_pairs(out[..., :d], x[..., :d], phases)
-            out[..., d:].copy_(x[..., d:])
+            if out is not x:
+                out[..., d:].copy_(x[..., d:])
+
+    def multiplies_in_place(self, out: Tensor) -> bool:
+        """Whether `rotate_into` writes to this `out` in one pass, without a detour through float32."""
+        return _has_complex_view(out[..., : self.layout.rotary_dim])
 
 
 def _rotate_pairs(out: Tensor, x: Tensor, phases: Tensor) -> None:
@@ -204,8 +209,8 @@ def _multiply(out: Tensor, x: Tensor, factors: Tensor) -> None:
 def _multiply_real(out: Tensor, x: Tensor, factors: Tensor) -> None:
     """The same by products and sums of float32, which round alike everywhere."""
     real, imag = x[..., 0::2].float(), x[..., 1::2].float()
-    out[..., 0::2] = real * factors.real - imag * factors.imag
-    out[..., 1::2] = real * factors.imag + imag * factors.real
+    turned = real * factors.real - imag * factors.imag, real * factors.imag + imag * factors.real
+    out[..., 0::2], out[..., 1::2] = turned
 
 
 def _as_complex(x: Tensor) -> Tensor:

@@ -63,6 +63,15 @@ class TokenRows:
         return self.end - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPart:
+    """What one chunk has for one layer: raw keys and values [n, H, D] in host memory, and where they go."""
+
+    at: TokenRows
+    keys: Tensor
+    values: Tensor
+
+
 class Transfer(Protocol):
     """`computed` is for the engine's thread, the rest for loaders and for the one saver."""
 
@@ -75,8 +84,8 @@ class Transfer(Protocol):
     def begin_load(self, after: Fence) -> None:
         """What this thread writes from now on comes after the fence."""
 
-    def write(self, layer: int, at: TokenRows, keys: Tensor, values: Tensor) -> None:
-        """Raw keys and values [n, H, D] from host memory to the pool, keys to the slot too. The two may go at once."""
+    def write(self, layer: int, parts: Sequence[LayerPart]) -> None:
+        """From host memory to the pool, keys to the slots too. On return the given memory may go."""
 
     def written(self) -> Fence:
         """What was written so far, by whatever loader."""
@@ -96,21 +105,42 @@ class KVMemory:
     buffer: WriteBuffer
     rotations: Sequence[Rotation | None]
 
-    def write(self, layer: int, at: TokenRows, keys: Tensor, values: Tensor) -> None:
-        """As `Transfer.write`, from the pool's device. Neighbours are written in place, others scattered."""
-        rotation = self.rotations[layer]
-        if isinstance(at.rows, Tensor):
-            turned = keys if rotation is None else rotation.rotate(keys, _phases(rotation, at))
-            self.pool.write(layer, at.rows, turned, values)
-        else:
-            to_keys, to_values = self.pool.slice(layer, at.rows, at.num_tokens)
-            if rotation is None:
-                to_keys.copy_(keys)
+    def write(self, layer: int, parts: Sequence[LayerPart]) -> None:
+        """As `Transfer.write`, from the pool's device. Neighbours are written in place and together, others scattered:
+        a few calls for a whole layer take a third less time than a few for every chunk of it."""
+        for run in _runs(parts):
+            if isinstance(run[0].at.rows, int):
+                self._fill(layer, run)
             else:
-                rotation.rotate_into(to_keys, keys, _phases(rotation, at))
-            to_values.copy_(values)
-        if at.slot is not None:
-            self.buffer.put(layer, at.slot, keys, at.offset)
+                self._scatter(layer, run[0])
+        for part in parts:
+            if part.at.slot is not None:
+                self.buffer.put(layer, part.at.slot, part.keys, part.at.offset)
+
+    def _fill(self, layer: int, run: Sequence[LayerPart]) -> None:
+        """Parts that follow one another, in rows that do so too."""
+        start, end, first_row = run[0].at.start, run[-1].at.end, run[0].at.rows
+        assert isinstance(first_row, int)
+        to_keys, to_values = self.pool.slice(layer, first_row, end - start)
+        rotation = self.rotations[layer]
+        if rotation is None:
+            _join([part.keys for part in run], to_keys)
+        elif rotation.multiplies_in_place(to_keys):  # straight from the chunk: one pass less
+            for part in run:
+                into = to_keys[part.at.start - start : part.at.end - start]
+                rotation.rotate_into(into, part.keys, _phases(rotation, part.at.start, part.at.end))
+        else:
+            _join([part.keys for part in run], to_keys)
+            rotation.rotate_into(to_keys, to_keys, _phases(rotation, start, end))
+        _join([part.values for part in run], to_values)
+
+    def _scatter(self, layer: int, part: LayerPart) -> None:
+        rotation, rows = self.rotations[layer], part.at.rows
+        assert isinstance(rows, Tensor)
+        keys = part.keys
+        if rotation is not None:
+            keys = rotation.rotate(keys, _phases(rotation, part.at.start, part.at.end))
+        self.pool.write(layer, rows, keys, part.values)
 
     def read(self, layer: int, at: TokenRows) -> tuple[Tensor, Tensor]:
         """Raw keys and values [n, H, D], as views where they can be had."""
@@ -122,8 +152,30 @@ class KVMemory:
         return keys, self.pool.slice(layer, at.rows, at.num_tokens)[1]
 
 
-def _phases(rotation: Rotation, at: TokenRows) -> Tensor:
-    return rotation.table.upto(at.end)[at.start : at.end]
+def _phases(rotation: Rotation, start: int, end: int) -> Tensor:
+    return rotation.table.upto(end)[start:end]
+
+
+def _runs(parts: Sequence[LayerPart]) -> list[list[LayerPart]]:
+    """Parts that follow one another in tokens and in rows, together."""
+    runs: list[list[LayerPart]] = []
+    for part in parts:
+        if runs and _follows(part.at, runs[-1][-1].at):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
+
+
+def _follows(at: TokenRows, before: TokenRows) -> bool:
+    if not isinstance(at.rows, int) or not isinstance(before.rows, int):
+        return False
+    return at.start == before.end and at.rows == before.rows + before.num_tokens
+
+
+def _join(parts: Sequence[Tensor], out: Tensor) -> None:
+    """Parts [n_i, H, D] one after the other into `out` [n, H, D]. Both lie in memory with the heads first."""
+    torch.cat([part.transpose(0, 1) for part in parts], dim=1, out=out.transpose(0, 1))
 
 
 # --- everything at once -----------------------------------------------------------------------------------------------
@@ -159,8 +211,10 @@ class HostTransfer:
     def begin_load(self, after: Fence) -> None:
         after.hold()
 
-    def write(self, layer: int, at: TokenRows, keys: Tensor, values: Tensor) -> None:
-        self._memory.write(layer, at, keys.to(self._device), values.to(self._device))
+    def write(self, layer: int, parts: Sequence[LayerPart]) -> None:
+        if self._device.type != "cpu":
+            parts = [LayerPart(p.at, p.keys.to(self._device), p.values.to(self._device)) for p in parts]
+        self._memory.write(layer, parts)
 
     def written(self) -> Fence:
         return PASSED
@@ -230,14 +284,19 @@ class CudaTransfer:
         with self._cuda.stream(self._loading):
             after.hold()
 
-    def write(self, layer: int, at: TokenRows, keys: Tensor, values: Tensor) -> None:
-        size = keys.numel() + values.numel()
-        with self._cuda.stream(self._loading), self._ring.lend(self._loading) as pinned:
-            for staged, given in zip(_unpack(pinned, keys, values), (keys, values)):
+    def write(self, layer: int, parts: Sequence[LayerPart]) -> None:
+        with self._cuda.stream(self._loading):
+            self._memory.write(layer, [self._carry(part) for part in parts])
+
+    def _carry(self, part: LayerPart) -> LayerPart:
+        """To the device, on the current stream, through one of the pinned buffers."""
+        size = part.keys.numel() + part.values.numel()
+        with self._ring.lend(self._loading) as pinned:
+            for staged, given in zip(_unpack(pinned, part.keys, part.values), (part.keys, part.values)):
                 staged.copy_(given)  # by this thread
             on_device = torch.empty(size, dtype=self._dtype, device=self._device)
             on_device.copy_(pinned[:size], non_blocking=True)
-            self._memory.write(layer, self._on_device(at), *_unpack(on_device, keys, values))
+        return LayerPart(self._on_device(part.at), *_unpack(on_device, part.keys, part.values))
 
     def written(self) -> Fence:
         return self._fence(self._loading)

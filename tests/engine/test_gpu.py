@@ -15,7 +15,7 @@ from actors.engine.loading import LoadedModel
 from actors.engine.overlap import LoadOrder
 from actors.engine.params import SamplingParams
 from actors.engine.runner import ModelRunner
-from actors.engine.transfer import CudaTransfer, HostTransfer, TokenRows
+from actors.engine.transfer import CudaTransfer, HostTransfer, LayerPart, TokenRows
 from storage.format import read_chunk
 from tests.engine.harness import Owner, make_engine
 from tests.engine.models import CONFIGS, build, random_prompt, stock_answer
@@ -129,7 +129,7 @@ def test_the_transfer_writes_and_reads_what_the_host_does(place: str, dtype: tor
             at = transfer.locate(rows[start:end], start, slot if end == 31 else None)
             transfer.begin_load(transfer.computed())
             for layer, (keys, values) in enumerate(given):
-                transfer.write(layer, at, keys, values)
+                transfer.write(layer, [LayerPart(at, keys, values)])
             transfer.written().hold()
     for layer in range(len(LAYERS)):
         for on_host, on_device in ((host.pool.keys, there.pool.keys), (host.pool.values, there.pool.values)):
@@ -150,7 +150,7 @@ def test_loading_waits_for_nothing_but_its_own_buffers() -> None:
         at: TokenRows = transfer.locate(rows, 0, slot)
         transfer.begin_load(transfer.computed())
         for layer, shape in enumerate(LAYERS):
-            transfer.write(layer, at, *chunk_tensors(shape, len(rows), torch.bfloat16))
+            transfer.write(layer, [LayerPart(at, *chunk_tensors(shape, len(rows), torch.bfloat16))])
         transfer.written().hold()
         transfer.begin_save(transfer.computed())
         transfer.read(at)

@@ -31,6 +31,7 @@ from actors.engine.transfer import (
     Fence,
     HostTransfer,
     KVMemory,
+    LayerPart,
     Transfer,
     _CudaFence,
     _StagingRing,
@@ -105,23 +106,27 @@ def _write_dully(memory: KVMemory, layer: int, rows: Tensor, start: int, keys: T
 @pytest.mark.parametrize("make", [_host, _cuda])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("place", ROWS)
+@pytest.mark.parametrize("together", [True, False])
 def test_what_is_written_is_what_the_dull_way_writes(
-    make: Callable[[KVMemory], Transfer], dtype: torch.dtype, place: str
+    make: Callable[[KVMemory], Transfer], dtype: torch.dtype, place: str, together: bool
 ) -> None:
     memory, dull = kv_memory(dtype), kv_memory(dtype)
     transfer, rows = make(memory), ROWS[place]
     slot = memory.buffer.take()
     assert slot is not None
-    for start, end in PIECES:
-        is_tail = end == 31
-        at = transfer.locate(rows[start:end], start, slot if is_tail else None, 2 if is_tail else 0)
-        assert isinstance(at.rows, int) or place != "neighbours"
-        for layer, shape in enumerate(LAYERS):
-            keys, values = chunk_tensors(shape, end - start, dtype)
-            transfer.write(layer, at, keys, values)
-            _write_dully(dull, layer, rows[start:end], start, keys, values)
-            if is_tail:
-                assert same_bits(memory.buffer.get(layer, slot, 9)[2:], keys)
+    places = [
+        transfer.locate(rows[start:end], start, slot if end == 31 else None, 2 if end == 31 else 0)
+        for start, end in PIECES
+    ]
+    assert place != "neighbours" or all(isinstance(at.rows, int) for at in places)
+    for layer, shape in enumerate(LAYERS):
+        parts = [LayerPart(at, *chunk_tensors(shape, at.num_tokens, dtype)) for at in places]
+        for given in [parts] if together else [[part] for part in parts]:
+            transfer.write(layer, given)
+        for part in parts:
+            _write_dully(dull, layer, rows[part.at.start : part.at.end], part.at.start, part.keys, part.values)
+            if part.at.slot is not None:
+                assert same_bits(memory.buffer.get(layer, slot, 9)[2:], part.keys)
     for got, expected in zip((memory.pool.keys, memory.pool.values), (dull.pool.keys, dull.pool.values)):
         assert all(same_bits(a, b) for a, b in zip(got, expected))
 
