@@ -100,6 +100,7 @@ class Replica:
         self._running: dict[str, _Running] = {}  # by the attempt's name
         self._sessions: OrderedDict[str, m.SessionId] = OrderedDict()  # of recent attempts, for their chunks
         self._background: list[asyncio.Task[None]] = []
+        self._offers: set[asyncio.Task[None]] = set()  # whoever waits holds its task: asyncio does not
         self._started = asyncio.get_running_loop().create_task(self._start())
 
     async def ready(self) -> ModelInfo:
@@ -130,8 +131,9 @@ class Replica:
 
     # --- one turn -----------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: TurnRequest, dispatch: m.Dispatch) -> AsyncIterator[Piece]:
-        """Streams one attempt's pieces; the last one is a TurnEnd. Leaving the stream early aborts the attempt."""
+    async def generate(self, request: TurnRequest, dispatch: m.Dispatch) -> AsyncIterator[tuple[Piece, ...]]:
+        """Streams one attempt's pieces, together those that came together; the last one is a TurnEnd. Leaving the
+        stream early aborts the attempt."""
         running = _Running(request, dispatch, asyncio.Queue())
         name = running.name
         self._running[name] = running
@@ -143,22 +145,24 @@ class Replica:
             text = self._text_stream(request)
             while not done:
                 output = await running.next_output()
+                pieces: list[Piece] = []
                 if output.started is not None:
-                    yield Started(await self._turn_started(running, output.started))
+                    pieces.append(Started(self._turn_started(running, output.started)))
                 if output.finish_reason is not None:
                     done = True
-                    yield await self._turn_ended(running, output, text)
+                    pieces.append(await self._turn_ended(running, output, text))
                 elif output.tokens:
-                    yield Delta(output.tokens, "".join(text.push(token.token_id) for token in output.tokens))
+                    pieces.append(Delta(output.tokens, "".join(text.push(token.token_id) for token in output.tokens)))
+                yield tuple(pieces)
         except RayTaskError as error:  # the shard refused the turn
             done = True
             await self._tell(running.finished(self.replica_id))
-            yield TurnEnd(finish_reason=FinishReason.FAILED, error=_last_line(error))
+            yield (TurnEnd(finish_reason=FinishReason.FAILED, error=_last_line(error)),)
         finally:
             del self._running[name]
             if not done:
                 self._shard.abort.remote(name)
-                self._scheduler.report.remote([running.finished(self.replica_id)])
+                self._tell(running.finished(self.replica_id))
 
     def _remember(self, name: str, session_id: m.SessionId) -> None:
         self._sessions[name] = session_id
@@ -180,13 +184,14 @@ class Replica:
             text.push(token_id)
         return text
 
-    async def _turn_started(self, running: _Running, started: StartInfo) -> TurnAccount:
+    def _turn_started(self, running: _Running, started: StartInfo) -> TurnAccount:
+        """The scheduler hears of it, and the first token does not wait until it has."""
         lost = [
             m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=cause)
             for step, cause in failed_steps(running.dispatch.plan, started)
         ]
         turn_id, attempt = running.dispatch.turn_id, running.dispatch.attempt
-        await self._tell(*lost, m.TurnStarted(turn_id=turn_id, replica_id=self.replica_id, attempt=attempt))
+        self._tell(*lost, m.TurnStarted(turn_id=turn_id, replica_id=self.replica_id, attempt=attempt))
         return settle(running.dispatch.plan, started)
 
     async def _turn_ended(self, running: _Running, output: TurnOutput, text: TextStream) -> TurnEnd:
@@ -203,19 +208,20 @@ class Replica:
             may_retry=output.finish_reason == FinishReason.FAILED,
         )
 
-    async def _tell(self, *events: m.Event) -> None:
-        await self._scheduler.report.remote(list(events))
+    def _tell(self, *events: m.Event) -> Any:
+        """On its way to the scheduler, behind all that was told before. Awaited: it has heard it, or RayError."""
+        return self._scheduler.report.remote(list(events))
 
     # --- the shard's outputs ------------------------------------------------------------------------------------------
 
     async def _deliver(self) -> None:
         """Brings the shard's outputs to the turns that wait for them. New chunks are offered before a turn's end is
-        told: the session's next turn must find them known."""
+        told: the session's next turn must find them known. Nobody waits until the scheduler has heard of them."""
         while True:
             harvest = await self._harvest()
-            self._pass_on(output for output in harvest.outputs if output.finish_reason is None)
-            await self._offer(harvest.chunks)
-            self._pass_on(output for output in harvest.outputs if output.finish_reason is not None)
+            if harvest.chunks:
+                self._offer(harvest.chunks)
+            self._pass_on(harvest.outputs)
 
     def _pass_on(self, outputs: Iterable[TurnOutput]) -> None:
         for output in outputs:
@@ -232,8 +238,7 @@ class Replica:
             os._exit(1)
         return harvest
 
-    async def _offer(self, chunks: list[ReadyChunk]) -> None:
-        """Without a scheduler to offer them to, chunks are forgotten: they are computed again when they are needed."""
+    def _offer(self, chunks: list[ReadyChunk]) -> None:
         by_session: dict[str, list[m.ChunkInfo]] = {}
         for chunk in chunks:
             by_session.setdefault(self._sessions.get(chunk.turn_id, chunk.turn_id), []).append(
@@ -243,10 +248,14 @@ class Replica:
             m.ChunksReady(replica_id=self.replica_id, node_id=self._node_id, session_id=session_id, chunks=tuple(infos))
             for session_id, infos in by_session.items()
         ]
-        if not events:
-            return
+        offer = asyncio.get_running_loop().create_task(self._settle_offer(self._tell(*events), chunks))
+        self._offers.add(offer)
+        offer.add_done_callback(self._offers.discard)
+
+    async def _settle_offer(self, told: Any, chunks: list[ReadyChunk]) -> None:
+        """Without a scheduler to offer them to, chunks are forgotten: they are computed again when they are needed."""
         try:
-            await self._tell(*events)
+            await told
         except RayError as error:
             log.warning("%d chunks were not offered: %s", len(chunks), error)
             await self._shard.drop_chunks.remote(tuple(chunk.header.key for chunk in chunks))

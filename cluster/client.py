@@ -103,7 +103,8 @@ class Client:
             progress.assigned(replica_id)
             stream = assignment.replica.generate.options(num_returns="streaming")
             async for ref in stream.remote(request, assignment.dispatch):
-                progress.receive(await ref)
+                for piece in await ref:
+                    progress.receive(piece)
         except RayError as error:
             await self._recover(progress, replica_id, error)
 
