@@ -13,8 +13,8 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -116,24 +116,37 @@ def _config(options: BenchOptions, folder: Path) -> Config:
 
 
 async def _measure(options: BenchOptions, deployed: _Deployed) -> Result:
+    async with httpx.AsyncClient(base_url=deployed.url, timeout=300) as http:
+        samples, cached, num_tokens = await _returning_turns(options, deployed, http)
+        floor = await _floor(http, 50 if not options.quick else 5)
+        streams = await _streams(options, deployed, http)
+    return _result(options, samples, cached, floor, streams, num_tokens)
+
+
+async def _returning_turns(
+    options: BenchOptions, deployed: _Deployed, http: httpx.AsyncClient
+) -> tuple[dict[str, list[float]], dict[str, list[int]], int]:
+    """TTFT by way, cached tokens by way, and tokens of the prompt. The three ways take turns."""
     words = QUICK_HISTORY_WORDS if options.quick else HISTORY_WORDS
     samples: dict[str, list[float]] = {"engine": [], "direct": [], "http": []}
     cached: dict[str, list[int]] = {"direct": [], "http": []}
-    num_tokens = 0
-    async with httpx.AsyncClient(base_url=deployed.url, timeout=300) as http:
+    num_cached = num_tokens = 0
+    with ExitStack() as stack:
+        alone: Callable[[], float] | None = None
         for turn in range(WARM_UPS + options.repeats):
             options.progress(f"a returning turn, round {turn + 1} of {WARM_UPS + options.repeats}")
-            ways = ["direct", "http"] if turn % 2 == 0 else ["http", "direct"]
-            for way in ways:
+            for way in ("direct", "http") if turn % 2 == 0 else ("http", "direct"):
                 converse = _converse_directly if way == "direct" else _converse_over_http
                 ttft_s, num_cached, num_tokens = await converse(deployed, http, words)
                 if turn >= WARM_UPS:
                     samples[way].append(ttft_s)
                     cached[way].append(num_cached)
-        floor = await _floor(http, 50 if not options.quick else 5)
-        streams = await _streams(options, deployed, http)
-    samples["engine"] = _in_engine(options, num_tokens, round(median(cached["http"])))
-    return _result(options, samples, cached, floor, streams, num_tokens)
+            alone = alone or stack.enter_context(_engine_alone(options, num_tokens, num_cached))
+            await asyncio.sleep(THINK_S)  # until the deployment rests
+            seconds = alone()
+            if turn >= WARM_UPS:
+                samples["engine"].append(seconds)
+    return samples, cached, num_tokens
 
 
 async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: int) -> tuple[float, int, int]:
@@ -215,22 +228,22 @@ async def _floor(http: httpx.AsyncClient, count: int) -> list[float]:
     return seconds
 
 
-def _in_engine(options: BenchOptions, num_tokens: int, num_cached: int) -> list[float]:
-    """A turn of that size in an engine of this process, as `bench ttft` measures it: history, in chunks, in HBM."""
-    options.progress("the same turn in an engine alone")
+@contextmanager
+def _engine_alone(options: BenchOptions, num_tokens: int, num_cached: int) -> Iterator[Callable[[], float]]:
+    """Runs a turn of that size in an engine of this process, as `bench ttft` does (history, in chunks, in HBM): its
+    TTFT."""
     loaded = LoadedModel.load(options.model, dtype=options.computed_dtype, device=options.computed_device)
     chunk = 32 if options.quick else 128
     new = max(1, num_tokens - num_cached)
     history = max(1, round(num_cached / chunk)) * chunk
     bench = TurnBench(loaded, history, num_threads=options.threads, quick=options.quick)
+
+    def once() -> float:
+        bench.warm_hbm()
+        return bench.run((*bench.history, *bench.tokens(new))).ttft_s
+
     try:
-        seconds = []
-        for turn in range(WARM_UPS + options.repeats):
-            bench.warm_hbm()
-            timed = bench.run((*bench.history, *bench.tokens(new)))
-            if turn >= WARM_UPS:
-                seconds.append(timed.ttft_s)
-        return seconds
+        yield once
     finally:
         bench.close()
 
