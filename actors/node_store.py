@@ -62,7 +62,7 @@ class Traffic:
 def chunk_info(header: ChunkHeader, num_bytes: int) -> m.ChunkInfo:
     """What the scheduler is told of a chunk."""
     marks = tuple(m.Mark(end, key) for end, key in header.marks)
-    parent = header.parent if header.start else None
+    parent = header.parent if header.start else header.root  # the tenant's
     return m.ChunkInfo(
         key=header.key, parent=parent, start=header.start, end=header.end, num_bytes=num_bytes, marks=marks
     )

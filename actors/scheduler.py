@@ -135,7 +135,7 @@ class SchedulerActor:
             future.cancel()
         self._hear([m.TurnCancelled(turn_id)])
 
-    # --- sessions, replicas, looking in -------------------------------------------------------------------------------
+    # --- sessions, prefixes, replicas, looking in ---------------------------------------------------------------------
 
     async def expect(self, turn: m.Turn, seconds: float) -> None:
         """The turn's session will speak soon. See SessionExpected."""
@@ -156,6 +156,22 @@ class SchedulerActor:
             if future is not None and not future.done():
                 future.set_exception(SessionGone(f"session {session_id} was deleted"))
         self._hear([m.SessionDeleted(session_id=session_id, prompt=prompt, seconds=seconds)])
+
+    async def set_lifetime(self, prefix: m.Mark, seconds: float | None) -> None:
+        """How long what begins with it lives unused. See PrefixLifetimeSet."""
+        self._hear([m.PrefixLifetimeSet(prefix=prefix, seconds=seconds)])
+
+    async def pin_prefix(self, prefix: m.Mark, seconds: float) -> None:
+        """What is stored of it stays stored. See PrefixPinned."""
+        self._hear([m.PrefixPinned(prefix=prefix, seconds=seconds)])
+
+    async def expire_prefix(self, prefix: m.Mark) -> None:
+        """What is stored of it goes first. See PrefixExpired."""
+        self._hear([m.PrefixExpired(prefix=prefix)])
+
+    async def delete_prefix(self, prefix: m.Mark, seconds: float) -> None:
+        """Nothing of it is kept anywhere. See PrefixDeleted. Returns before it is gone."""
+        self._hear([m.PrefixDeleted(prefix=prefix, seconds=seconds)])
 
     async def close_replica(self, replica_id: m.ReplicaId) -> None:
         """It gets no further turns; `snapshot` tells what still runs there."""

@@ -43,7 +43,7 @@ class Administrator:
 
     def __init__(self, board: Board, dispatcher: Dispatcher, saver: Saver, fetcher: Fetcher, evictor: Evictor) -> None:
         self.expected: dict[SessionId, TurnId] = {}  # the name of each one's turn in the queue
-        self.pins: dict[str, float] = {}  # owners of leases, until when
+        self.pins: dict[str, float] = {}  # owners of leases (also those of prefixes, see prefixes.py), until when
         self._board, self._catalog = board, board.catalog
         self._dispatcher, self._saver, self._fetcher, self._evictor = dispatcher, saver, fetcher, evictor
 
@@ -92,25 +92,25 @@ class Administrator:
         if event.seconds <= 0.0:
             return
         chunks = self._catalog.cover((mark.key for mark in event.prompt), self._pinnable)
-        copies = [(chunk, copy) for chunk in chunks if (copy := _lowest_copy(chunk)) is not None]
+        copies = [(chunk, copy) for chunk in chunks if (copy := lowest_copy(chunk)) is not None]
         if not copies:
             return
         if len(self.pins) >= self._board.config.ghosts:
-            self._unpin(next(iter(self.pins)))
+            self._unpin(next((pin for pin in self.pins if pin.startswith(PIN)), ""))
         deadline = self.pins[owner] = self._board.now + event.seconds
         self._catalog.leases.grant(owner, copies, deadline)
         self._board.timers.at(deadline, self._end_pin, owner, deadline)
 
     def _pinnable(self, mark: ChunkKey) -> Chunk | None:
         """The chunk with this mark that will stay longest."""
-        stored = [chunk for chunk in self._catalog.carriers(mark) if _lowest_copy(chunk) is not None]
+        stored = [chunk for chunk in self._catalog.carriers(mark) if lowest_copy(chunk) is not None]
         return min(stored, key=lambda chunk: chunk.superseded, default=None)
 
     def note_chunk(self, chunk: Chunk) -> None:
         """A copy of it came or went: its pins move to the lowest one, and faster tiers are free for others."""
         if not self.pins:
             return
-        lowest = _lowest_copy(chunk)
+        lowest = lowest_copy(chunk)
         for copy in chunk.copies.values():
             if lowest is not None and copy is not lowest:
                 for owner in self._pins_on(copy):
@@ -205,13 +205,24 @@ class Administrator:
         self._board.sessions.deleted[session_id] = until
         self._board.timers.at(until, self._accept_offers, session_id, until)
 
+    def refuse_prefix(self, prefix: ChunkKey, seconds: float) -> None:
+        """For so long, nothing is kept that begins with it."""
+        until = self._board.now + seconds
+        self._board.sessions.deleted_prefixes[prefix] = until
+        self._board.timers.at(until, self._accept_prefix, prefix, until)
+        self._decline_pending(None, {prefix})
+
+    def _accept_prefix(self, prefix: ChunkKey, until: float) -> None:
+        if self._board.sessions.deleted_prefixes.get(prefix) == until:
+            del self._board.sessions.deleted_prefixes[prefix]
+
     def _accept_offers(self, session_id: SessionId, until: float) -> None:
         if self._board.sessions.deleted.get(session_id) == until:
             del self._board.sessions.deleted[session_id]
 
-    def _decline_pending(self, session_id: SessionId, deleted: set[ChunkKey]) -> None:
+    def _decline_pending(self, session_id: SessionId | None, deleted: set[ChunkKey]) -> None:
         """Offers that wait for bytes: those of the session, and those that hold a deleted mark or go on from one."""
-        session = self._board.sessions.get(session_id)
+        session = self._board.sessions.get(session_id) if session_id is not None else None
         for node_id, pending in self._saver.pending.items():
             for offer in list(pending.values()):
                 info = offer.info
@@ -222,7 +233,7 @@ class Administrator:
                     self._saver.withdraw(node_id, offer)
 
 
-def _lowest_copy(chunk: Chunk) -> Copy | None:
+def lowest_copy(chunk: Chunk) -> Copy | None:
     """The readable copy in the lowest tier that has one."""
     readable = [copy for copy in chunk.copies.values() if copy.state is CopyState.RESIDENT]
     return max(readable, key=lambda copy: (STORE_TIERS.index(copy.place.tier), copy.place.node_id), default=None)

@@ -6,13 +6,14 @@ in any state. Every change of a copy goes through `_move`, which checks the tabl
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 
 from policies.leases import Leases
+from policies.lifetimes import Lifetime, Lifetimes
 from policies.messages import Cause, ChunkInfo, ChunkKey, Mark, NodeId, ReplicaId
 from policies.multimap import Multimap
 from policies.places import Account, Place
@@ -86,12 +87,13 @@ class Chunk:
     marks: dict[ChunkKey, int]
     stored_at: float
     last_used: float
+    lifetime: Lifetime  # by which it expires
     copies: dict[Place, Copy] = field(default_factory=dict)
     next_use: Order | None = None  # the first waiting turn that needs it
     num_uses: int = 1  # turns that stored or read it
     session: SessionRecord | None = None  # the conversation that used it last
     superseded: bool = False  # a longer chunk serves all its marks; it goes when it is idle
-    expired: bool = False  # unused for longer than a session's time to live
+    expired: bool = False  # unused for longer than its time to live, or said to be over
     doomed_from: int | None = None  # marks that end here or later were deleted: no index leads here, it goes when idle
 
     @property
@@ -135,9 +137,11 @@ class Family:
 
 class Catalog:
     """All indexes over chunks. `watch` is called with every chunk whose standing as a candidate may have changed,
-    `unlist` with every copy that is about to be gone."""
+    `unlist` with every copy that is about to be gone, `resettle` with every mark behind which others' time to live may
+    apply now."""
 
-    def __init__(self, max_ghosts: int) -> None:
+    def __init__(self, max_ghosts: int, lifetimes: Lifetimes) -> None:
+        self.lifetimes = lifetimes
         self.chunks: dict[ChunkKey, Chunk] = {}
         self.accounts: dict[Place, Account] = {}
         self.at: dict[Place, dict[ChunkKey, Chunk]] = {}
@@ -146,13 +150,13 @@ class Catalog:
         self.children = Multimap()  # likewise, by age
         self.incoming: dict[NodeId, Counter[CopyState]] = {}  # copies on their way to a node's tiers
         self.bereaved: set[ChunkKey] = set()  # keys of lost parents whose children live on
-        self.recency: OrderedDict[ChunkKey, None] = OrderedDict()  # least recently used first; without expired chunks
         self.ghosts: OrderedDict[ChunkKey, Cause] = OrderedDict()
         self.leases = Leases(self.changed)
         self.num_tokens = 0
         self.num_bytes = 0
         self.watch: Callable[[Chunk], None] = lambda _chunk: None
         self.unlist: Callable[[Chunk, Copy], None] = lambda _chunk, _copy: None
+        self.resettle: Callable[[ChunkKey], None] = lambda _mark: None
         self._max_ghosts = max_ghosts
 
     # --- marks --------------------------------------------------------------------------------------------------------
@@ -199,6 +203,8 @@ class Catalog:
                 chunk.marks[mark.key] = mark.end
                 self.inside.add(mark.key, chunk.key)
                 self.ghosts.pop(mark.key, None)
+                if mark.key in self.lifetimes.by_prefix:
+                    self.resettle(mark.key)
         self.changed(chunk)
 
     # --- copies coming ------------------------------------------------------------------------------------------------
@@ -285,8 +291,7 @@ class Catalog:
     def touch(self, chunk: Chunk, now: float) -> None:
         chunk.last_used = now
         chunk.expired = False
-        self.recency[chunk.key] = None
-        self.recency.move_to_end(chunk.key)
+        self.lifetimes.note_use(chunk.lifetime, chunk.key, now)
 
     def use(self, chunk: Chunk, session: SessionRecord | None, now: float) -> None:
         """A turn of this conversation reads the chunk."""
@@ -294,19 +299,36 @@ class Catalog:
         chunk.session = session
         self.touch(chunk, now)
 
-    def expire(self, before: float) -> None:
-        """Chunks last used before this time are the first to go from now on."""
-        while self.recency:
-            chunk = self.chunks[next(iter(self.recency))]
-            if chunk.last_used >= before:
-                return
-            self.expire_chunk(chunk)
+    def expire(self, now: float) -> None:
+        """Chunks unused for longer than their time to live are the first to go from now on."""
+        for key in self.lifetimes.overdue(now):
+            self.expire_chunk(self.chunks[key])
 
     def expire_chunk(self, chunk: Chunk) -> None:
         """The chunk is among the first to go from now on, until it is used again."""
-        self.recency.pop(chunk.key, None)
+        chunk.lifetime.unused.pop(chunk.key, None)
         chunk.expired = True
         self.changed(chunk)
+
+    def settle_lifetime(self, chunk: Chunk, now: float) -> bool:
+        """The chunk, which its parent came before, lives by what applies now; whether that is something else.
+
+        What it was unused for before counts if that is too long already, else its time begins anew.
+        """
+        lifetime = self._find_lifetime(chunk.marks, chunk.parent)
+        if lifetime is chunk.lifetime:
+            return False
+        chunk.lifetime.unused.pop(chunk.key, None)
+        chunk.lifetime = lifetime
+        if not chunk.expired and chunk.last_used + lifetime.seconds < now:
+            self.expire_chunk(chunk)
+        elif not chunk.expired:
+            self.lifetimes.note_use(lifetime, chunk.key, now)
+        return True
+
+    def _find_lifetime(self, marks: Iterable[ChunkKey], parent: ChunkKey | None) -> Lifetime:
+        above = self.chunks.get(parent) if parent is not None else None
+        return self.lifetimes.find(marks, parent, above.lifetime if above is not None else None)
 
     def supersede(self, chunk: Chunk, by: Chunk) -> None:
         """`by` is longer and serves all marks of `chunk`, its beginning."""
@@ -326,20 +348,28 @@ class Catalog:
 
     # --- deletion -----------------------------------------------------------------------------------------------------
 
-    def find_bearers(self, marks: Sequence[ChunkKey]) -> dict[ChunkKey, int]:
-        """The chunks that hold one of these marks or go on from there, and the end of the first such mark in each."""
-        found: dict[ChunkKey, int] = {}
-        known, todo = set(marks), list(marks)
-        for mark in todo:
+    def bearers(self, marks: Sequence[ChunkKey]) -> Iterator[tuple[Chunk, int]]:
+        """The chunks that hold one of these marks or go on from there, parents first, each with the end of such a mark
+        in it; again when an earlier one is found. Between two answers the catalog may change: what comes behind a chunk
+        that was answered already may be missing."""
+        known, todo = set(marks), deque(marks)
+        while todo:
+            mark = todo.popleft()
             for key in (mark, *self.inside.get(mark), *self.children.get(mark)):
                 chunk = self.chunks.get(key)
                 if chunk is None:
                     continue
                 first = chunk.marks.get(mark, chunk.start)
-                found[key] = first = min(first, found.get(key, first))
                 beyond = [other for other, end in chunk.marks.items() if end >= first and other not in known]
                 known.update(beyond)
-                todo += beyond
+                todo.extend(beyond)
+                yield chunk, first
+
+    def find_bearers(self, marks: Sequence[ChunkKey]) -> dict[ChunkKey, int]:
+        """All of them, and the end of the first such mark in each."""
+        found: dict[ChunkKey, int] = {}
+        for chunk, first in self.bearers(marks):
+            found[chunk.key] = min(first, found.get(chunk.key, first))
         return found
 
     def doom(self, chunk: Chunk, first: int) -> None:
@@ -362,8 +392,11 @@ class Catalog:
         chunk = self.chunks.get(info.key)
         if chunk is None:
             marks = {mark.key: mark.end for mark in info.marks}
-            chunk = Chunk(info.key, info.parent, info.start, info.end, info.num_bytes, marks, now, now)
+            lifetime = self._find_lifetime(marks, info.parent)
+            chunk = Chunk(info.key, info.parent, info.start, info.end, info.num_bytes, marks, now, now, lifetime)
             self.chunks[info.key] = chunk
+            if self.lifetimes.by_prefix and info.key in self.children:
+                self.resettle(info.key)  # it was lost, or its node named its children first
             if info.parent is not None:
                 self.children.add(info.parent, info.key)
             self.num_tokens += info.end - info.start
@@ -406,7 +439,7 @@ class Catalog:
 
     def _forget(self, chunk: Chunk, cause: Cause) -> None:
         del self.chunks[chunk.key]
-        self.recency.pop(chunk.key, None)
+        chunk.lifetime.unused.pop(chunk.key, None)
         self.num_tokens -= chunk.end - chunk.start
         self.num_bytes -= chunk.num_bytes
         if chunk.parent is not None:

@@ -102,6 +102,8 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
         "turns_running": len(scheduler.dispatcher.turns) - num_waiting,
         "sessions_expected": len(scheduler.administrator.expected),
         "sessions_pinned": len(scheduler.administrator.pins),
+        "prefixes_with_lifetimes": len(board.catalog.lifetimes.by_prefix),
+        "prefix_wishes": len(scheduler.steward.wishes),
         "chunks": len(board.catalog.chunks),
         "chunks_deleting": len(board.doomed),
         "ghosts": len(board.catalog.ghosts),

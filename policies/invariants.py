@@ -25,6 +25,7 @@ def check(scheduler: Scheduler) -> None:
     check_bytes(board.catalog)
     check_copies(board.catalog)
     check_marks(board.catalog)
+    check_lifetimes(scheduler)
     check_families(board.catalog)
     check_leases(board.catalog, scheduler.dispatcher, scheduler.administrator)
     check_candidates(scheduler)
@@ -96,7 +97,20 @@ def check_marks(catalog: Catalog) -> None:
     assert {mark: set(keys) for mark, keys in catalog.inside.items()} == dict(inside)
     assert catalog.num_tokens == sum(chunk.end - chunk.start for chunk in catalog.chunks.values())
     assert catalog.num_bytes == sum(chunk.num_bytes for chunk in catalog.chunks.values())
-    assert set(catalog.recency) == {key for key, chunk in catalog.chunks.items() if not chunk.expired}
+
+
+def check_lifetimes(scheduler: Scheduler) -> None:
+    """Every chunk that has not expired waits for that in its own time to live, and what applies to it is that."""
+    catalog, is_settled = scheduler.board.catalog, not scheduler.steward.wishes
+    for key, chunk in catalog.chunks.items():
+        assert (key in chunk.lifetime.unused) == (not chunk.expired)
+        assert chunk.lifetime.is_watched or not chunk.lifetime.unused
+        above = catalog.chunks.get(chunk.parent or "")
+        if is_settled and above is not None and not (chunk.is_doomed or above.is_doomed):
+            found = catalog.lifetimes.find(chunk.marks, chunk.parent, above.lifetime)
+            assert chunk.lifetime is found, f"{key} lives by another time than it should"
+    kept = sum(len(lifetime.unused) for lifetime in {chunk.lifetime for chunk in catalog.chunks.values()})
+    assert kept == sum(not chunk.expired for chunk in catalog.chunks.values())
 
 
 def check_families(catalog: Catalog) -> None:
@@ -130,13 +144,13 @@ def check_leases(catalog: Catalog, dispatcher: Dispatcher, administrator: Admini
         record = dispatcher.turns.get(owner)
         if owner in administrator.pins:
             assert lease.deadline == administrator.pins[owner], f"{owner} is to end at another time"
-            assert not any(chunk.is_doomed for chunk, _ in lease.held), f"{owner} keeps what was deleted"
+            assert not any(chunk.is_doomed for chunk in lease.held.values()), f"{owner} keeps what was deleted"
         else:
             assert record is not None, f"{owner} holds a lease and is not known"
             assert record.state is TurnState.DISPATCHED, f"{owner} holds a lease and is {record.state}"
         assert lease.deadline > 0.0 or lease.deadline == lease.deadline
         assert lease.held, f"the lease of {owner} holds nothing"
-        for chunk, copy in lease.held:
+        for copy, chunk in lease.held.items():
             assert catalog.chunks.get(chunk.key) is chunk
             assert chunk.copies.get(copy.place) is copy
             holders[id(copy)].add(owner)

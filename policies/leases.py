@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Lease:
     deadline: float
-    held: list[tuple[Chunk, Copy]] = field(default_factory=list)
+    held: dict[Copy, Chunk] = field(default_factory=dict)
 
 
 class Leases:
-    """One lease per owner: a turn, over all copies its plan reads, or a session's pin. `changed` hears of chunks whose
+    """One lease per owner: a turn, over all copies its plan reads, or a pin. `changed` hears of chunks whose
     pins changed."""
 
     def __init__(self, changed: Callable[[Chunk], None]) -> None:
@@ -30,22 +31,27 @@ class Leases:
     def grant(self, owner: str, held: Iterable[tuple[Chunk, Copy]], deadline: float) -> None:
         """Pin these copies for the owner, in place of what it held before. Nothing to hold makes no lease."""
         self.release(owner)
-        lease = Lease(deadline, list(held))
-        if not lease.held:
-            return
-        self.by_owner[owner] = lease
-        for chunk, copy in lease.held:
+        self.extend(owner, held, deadline)
+
+    def extend(self, owner: str, held: Iterable[tuple[Chunk, Copy]], deadline: float) -> None:
+        """Pin these copies as well. Nothing to hold makes no lease."""
+        lease = self.by_owner.get(owner) or Lease(deadline)
+        for chunk, copy in held:
+            lease.held[copy] = chunk
             copy.holders |= {owner}
             self._changed(chunk)
+        if lease.held:
+            self.by_owner[owner] = lease
 
-    def release(self, owner: str) -> None:
-        """Unpin what the owner holds; no lease is fine."""
-        lease = self.by_owner.pop(owner, None)
+    def release(self, owner: str, count: int | None = None) -> bool:
+        """Unpin what the owner holds, or `count` copies of it; whether nothing is left. No lease is fine."""
+        lease = self.by_owner.get(owner)
         if lease is None:
-            return
-        for chunk, copy in lease.held:
-            copy.holders -= {owner}
+            return True
+        for copy, chunk in list(islice(lease.held.items(), count)):
+            self.let_go(owner, copy)
             self._changed(chunk)
+        return not lease.held
 
     def detach(self, copy: Copy) -> None:
         """The copy is going although it is pinned (lost or corrupt): its holders keep the rest of their leases."""
@@ -55,7 +61,7 @@ class Leases:
     def let_go(self, owner: str, copy: Copy) -> None:
         """The owner keeps the rest of its lease. Its caller tells of the change."""
         lease = self.by_owner[owner]
-        lease.held = [(chunk, other) for chunk, other in lease.held if other is not copy]
+        del lease.held[copy]
         copy.holders -= {owner}
         if not lease.held:
             del self.by_owner[owner]
@@ -63,7 +69,8 @@ class Leases:
     def shift(self, owner: str, chunk: Chunk, copy: Copy, to: Copy) -> None:
         """The owner holds another copy of the chunk in place of this one."""
         lease = self.by_owner[owner]
-        lease.held = [(held, to if other is copy else other) for held, other in lease.held]
+        del lease.held[copy]
+        lease.held[to] = chunk
         copy.holders -= {owner}
         to.holders |= {owner}
         self._changed(chunk)

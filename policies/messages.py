@@ -62,7 +62,8 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkInfo:
-    """One immutable chunk: the KV of tokens [start, end). `key`: of its last mark, `parent`: of [0, start)."""
+    """One immutable chunk: the KV of tokens [start, end). `key`: of its last mark, `parent`: of [0, start): at the
+    beginning of a text its tenant's root (or None, where tenants are not told apart)."""
 
     key: ChunkKey
     parent: ChunkKey | None
@@ -306,6 +307,46 @@ class SessionDeleted:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixLifetimeSet:
+    """Chunks that hold this prefix, or go on from it, expire when they are unused for so many seconds; None: as before.
+
+    The longest such prefix of a chunk counts. Of what is stored already the time begins anew, unless it is up. Chunks
+    that end inside the prefix may be others' beginnings: they live as those do, and not shorter than what follows them.
+    """
+
+    prefix: Mark  # here and below: Mark(0, root) is all of a tenant's
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixPinned:
+    """A copy of each chunk that holds this prefix, or goes on from it, is kept for so many seconds. What is still on
+    its way is not covered.
+
+    Again for the same prefix: in place of the earlier pin; with no seconds, it is not pinned any more.
+    """
+
+    prefix: Mark
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixExpired:
+    """The chunks that hold this prefix, or go on from it, are the first to go, each until it is used again."""
+
+    prefix: Mark
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixDeleted:
+    """No tier keeps what holds this prefix, nor what goes on from it; offers of such chunks in the next `seconds` are
+    declined. Turns go on. Chunks that end inside the prefix go as well, but for those that others go on from."""
+
+    prefix: Mark
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: deadlines, leases and watermarks are looked at again."""
@@ -332,6 +373,10 @@ Event = (
     | SessionPinned
     | SessionExpired
     | SessionDeleted
+    | PrefixLifetimeSet
+    | PrefixPinned
+    | PrefixExpired
+    | PrefixDeleted
     | Tick
 )
 
@@ -443,7 +488,7 @@ class SchedulerConfig:
     max_fetches_in_flight: int = 8  # per node
     locality_s: float = 30.0  # whose KV is where a slot is free goes before others that came up to this much earlier
     network_bytes_per_s: float = 0.5e9  # between nodes, for estimates only
-    session_ttl_s: float = 3600.0  # chunks of sessions silent for longer go first
+    session_ttl_s: float = 3600.0  # chunks unused for longer go first; see PrefixLifetimeSet
     ghosts: int = (
         100_000  # keys of chunks that are gone (to name the cause of a miss), and sessions: remembered at most
     )

@@ -118,9 +118,12 @@ class Saver:
         return place in chunk.copies or find_copy(chunk, self._board.fleet.places_of(place.node_id)) is not None
 
     def _is_deleted(self, event: ChunksReady, info: ChunkInfo) -> bool:
-        """Whether its session was deleted a moment ago, or what is stored of this chunk is being deleted."""
-        chunk = self._catalog.chunks.get(info.key)
-        return event.session_id in self._board.sessions.deleted or (chunk is not None and chunk.is_doomed)
+        """Whether its session or what it begins with was deleted a moment ago, or what is stored of it is going."""
+        sessions, chunk = self._board.sessions, self._catalog.chunks.get(info.key)
+        if event.session_id in sessions.deleted or (chunk is not None and chunk.is_doomed):
+            return True
+        prefixes = sessions.deleted_prefixes
+        return bool(prefixes) and (info.parent in prefixes or any(mark.key in prefixes for mark in info.marks))
 
     def _has_parent(self, info: ChunkInfo, node_id: NodeId) -> bool:
         if info.parent is None or info.parent in self.pending[node_id]:
@@ -262,7 +265,10 @@ class Saver:
     def adopt_inventory(self, event: NodeJoined) -> None:
         """Know what a joining node holds. More than its budget allows is evicted like anything else."""
         places = self._board.fleet.places_of(event.node_id)
-        for stored in event.inventory:
+        inventory = event.inventory
+        if self._catalog.lifetimes.by_prefix:  # children live as their parents do
+            inventory = tuple(sorted(inventory, key=lambda stored: stored.info.start))
+        for stored in inventory:
             place = place_of(event.node_id, stored.tier)
             chunk = self._catalog.chunks.get(stored.info.key)
             if place not in places or (chunk is not None and place in chunk.copies):

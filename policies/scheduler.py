@@ -7,6 +7,7 @@ A pure state machine: no clock, no randomness, no I/O, no tokens. Its work is sh
     Fetcher     raising chunks to DRAM, on demand and ahead of need
     Evictor     watermarks, making room, copies that leave or are lost
     Administrator   sessions that are expected, pinned, over or deleted
+    Steward     the same for all that begins with a prefix, and how long it lives
 
 Every event is handled by one desk; then the desks settle what follows from it until nothing changes. Events may come
 late, twice or out of order (actors die and answers cross): what does not fit the state is counted as stale.
@@ -29,11 +30,13 @@ from policies.evicting import Evictor
 from policies.eviction import EvictionPolicy
 from policies.fetching import Fetcher
 from policies.fleet import Fleet
+from policies.lifetimes import Lifetimes
 from policies.placement import PlacementPolicy
 from policies.places import Account
 from policies.placing import Placer
 from policies.plugins import Guard, load_policy, require_verbs
 from policies.prefetch import PrefetchPolicy
+from policies.prefixes import SLICE, TICK_SLICE, Steward
 from policies.queue import WaitingQueue
 from policies.saving import Saver
 from policies.serving_order import ServingOrderPolicy
@@ -70,7 +73,8 @@ class Scheduler:
         """
         self.config = config or m.SchedulerConfig()
         guard = Guard(self.config.policy_limit_s, self.config.strict_policies, stopwatch)
-        catalog, queue = Catalog(self.config.ghosts), WaitingQueue()
+        lifetimes = Lifetimes(self.config.session_ttl_s, self.config.ghosts)
+        catalog, queue = Catalog(self.config.ghosts, lifetimes), WaitingQueue()
         candidates = Candidates(catalog, queue, cast(EvictionPolicy, self._policy("eviction", eviction)), guard)
         catalog.watch, catalog.unlist = candidates.note, candidates.unlist
         sessions = Sessions(self.config.ghosts)
@@ -82,6 +86,7 @@ class Scheduler:
         order = cast(ServingOrderPolicy, self._policy("serving_order", serving_order))
         self.dispatcher = Dispatcher(self.board, self.fetcher, placer, order)
         self.administrator = Administrator(self.board, self.dispatcher, self.saver, self.fetcher, self.evictor)
+        self.steward = Steward(self.board, self.administrator)
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.TurnSubmitted: lambda event: self._on_submitted(event.turn),
             m.TurnCancelled: self._on_cancelled,
@@ -103,6 +108,10 @@ class Scheduler:
             m.SessionPinned: self.administrator.on_pinned,
             m.SessionExpired: self.administrator.on_expired,
             m.SessionDeleted: self.administrator.on_deleted,
+            m.PrefixLifetimeSet: self.steward.on_lifetime_set,
+            m.PrefixPinned: self.steward.on_pinned,
+            m.PrefixExpired: self.steward.on_expired,
+            m.PrefixDeleted: self.steward.on_deleted,
             m.Tick: self._on_tick,
         }
         self._counter_names = {kind: f"events.{kind.__name__}" for kind in self._handlers}
@@ -121,6 +130,7 @@ class Scheduler:
         board.counters[self._counter_names[type(event)]] += 1
         board.timers.run_due(board.now)
         self._handlers[type(event)](event)
+        self.steward.proceed(SLICE)
         self._settle()
         board.candidates.settle()
         board.guard.settle()
@@ -261,7 +271,8 @@ class Scheduler:
         self.fetcher.note_fleet()
 
     def _on_tick(self, _: m.Tick) -> None:
-        self.board.catalog.expire(self.board.now - self.config.session_ttl_s)
+        self.board.catalog.expire(self.board.now)
+        self.steward.proceed(TICK_SLICE)
         self.board.changed_places.update(self.board.catalog.accounts)
         self.fetcher.note_time()
 

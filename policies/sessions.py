@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from policies.messages import SessionId, TurnId
+from policies.messages import ChunkKey, SessionId, TurnId
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +25,7 @@ class Sessions:
     def __init__(self, max_sessions: int) -> None:
         self.records: OrderedDict[SessionId, SessionRecord] = OrderedDict()
         self.deleted: dict[SessionId, float] = {}  # until when their offers are declined
+        self.deleted_prefixes: dict[ChunkKey, float] = {}  # likewise: of what begins with these
         self._max_sessions = max_sessions
 
     def __len__(self) -> int:

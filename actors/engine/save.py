@@ -165,7 +165,8 @@ class ReadyChunks:
             doomed = set(marks)
             headers = sorted((chunk.header for chunk, _ in self._offers.values()), key=lambda header: header.start)
             for header in headers:
-                if header.parent in doomed or any(key in doomed for _, key in header.marks):
+                parent = header.parent if header.start else header.root
+                if parent in doomed or any(key in doomed for _, key in header.marks):
                     doomed.add(header.key)
                     del self._offers[header.key]
 

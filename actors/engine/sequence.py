@@ -253,7 +253,10 @@ class Sequence:
 
     def begins_with(self, marks: Set[str]) -> bool:
         """Whether a prefix of it has one of these keys, as far as its chunks and cuts tell."""
-        return any(key in marks for _, key in chain(self.request.root, self.token_ids, self.chunk_tokens, self.cuts))
+        root = self.request.root
+        return root in marks or any(
+            key in marks for _, key in chain(root, self.token_ids, self.chunk_tokens, self.cuts)
+        )
 
     def pieces(self, start: int) -> tuple[Piece, ...]:
         """What can be restored from `start` on (the beginning of a chunk, or the end of all sources): all sources,

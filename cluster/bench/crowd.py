@@ -19,6 +19,7 @@ from policies.scheduler import Scheduler
 CHUNK_TOKENS, BYTES_PER_TOKEN = 256, 131_072  # Llama-3-8B in bf16
 CHUNK_BYTES = CHUNK_TOKENS * BYTES_PER_TOKEN
 MAX_CHUNKS = 12  # of a session
+ROOT = "f" * 64  # of everybody's texts
 NUM_SLOTS = 8  # of a replica; a node has one
 TURN_S, EVENTS_PER_TURN = 10.0, 12
 DRAM_SHARE, SSD_SHARE = 0.2, 1.5  # of what is stored at the beginning
@@ -152,7 +153,7 @@ class Crowd:
         cut = m.Mark(start + CHUNK_TOKENS // 2, self._key(session, number, is_cut=True))
         return m.ChunkInfo(
             key=key,
-            parent=self._key(session, number - 1) if number else None,
+            parent=self._key(session, number - 1) if number else ROOT,
             start=start,
             end=start + CHUNK_TOKENS,
             num_bytes=CHUNK_BYTES,

@@ -1,4 +1,4 @@
-"""Routes beyond OpenAI's, under /reprise/v1: a tenant's own sessions, and for administrators the cluster."""
+"""Routes beyond OpenAI's, under /reprise/v1: a tenant's own sessions and memory, and for administrators the cluster."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from cluster.serving.errors import ApiError, refuse
 from cluster.serving.service import Caller, Service
 from cluster.serving.streaming import EventStream
+from policies.messages import Mark
 
 router = APIRouter(prefix="/reprise/v1")
 
@@ -24,10 +25,19 @@ LIVE_LIMIT_S = 10.0
 """How long one request for it lasts: a shutdown waits for open ones. Whoever looks on asks again."""
 
 
+ME = "me"
+
+
 class PinRequest(BaseModel):
     """How long to keep a session's KV; 0 ends a pin."""
 
     seconds: Annotated[float, Field(ge=0, le=1e9)]
+
+
+class LifetimeRequest(BaseModel):
+    """How long KV may be unused before it is the first to go; null: as long as everybody's."""
+
+    seconds: Annotated[float, Field(gt=0, le=1e9)] | None
 
 
 @router.get("/info")
@@ -77,6 +87,99 @@ async def expire(session_id: str, request: Request) -> dict[str, Any]:
 async def delete(session_id: str, request: Request) -> dict[str, Any]:
     """Its KV leaves every tier, and its history memory and disk."""
     return await service_of(request).administration.delete(caller_of(request).scope, session_id)
+
+
+@router.post("/conversations/{session_id}/lifetime")
+async def set_lifetime(session_id: str, body: LifetimeRequest, request: Request) -> dict[str, Any]:
+    """How long what is its alone lives unused."""
+    administration = service_of(request).administration
+    await administration.set_lifetime(
+        await administration.own_prefix(caller_of(request).scope, session_id), body.seconds
+    )
+    return {"seconds": body.seconds}
+
+
+# --- what conversations begin with ------------------------------------------------------------------------------------
+
+
+@router.post("/conversations/{session_id}/prefix/lifetime")
+async def set_prefix_lifetime(session_id: str, body: LifetimeRequest, request: Request) -> dict[str, Any]:
+    """How long all that begins with its system prompt lives unused."""
+    prefix = await _shared_prefix(session_id, request)
+    await service_of(request).administration.set_lifetime(prefix, body.seconds)
+    return {"tokens": prefix.end, "seconds": body.seconds}
+
+
+@router.post("/conversations/{session_id}/prefix/pin")
+async def pin_prefix(session_id: str, body: PinRequest, request: Request) -> dict[str, Any]:
+    """What is stored now of all that begins with its system prompt stays for so long."""
+    prefix = await _shared_prefix(session_id, request)
+    await service_of(request).administration.pin_prefix(prefix, body.seconds)
+    return {"tokens": prefix.end}
+
+
+@router.post("/conversations/{session_id}/prefix/expire")
+async def expire_prefix(session_id: str, request: Request) -> dict[str, Any]:
+    """All that begins with its system prompt is the first to go."""
+    prefix = await _shared_prefix(session_id, request)
+    await service_of(request).administration.expire_prefix(prefix)
+    return {"tokens": prefix.end}
+
+
+@router.delete("/conversations/{session_id}/prefix")
+async def delete_prefix(session_id: str, request: Request) -> dict[str, Any]:
+    """The KV of all that begins with its system prompt leaves every tier."""
+    prefix = await _shared_prefix(session_id, request)
+    await service_of(request).administration.delete_prefix(prefix)
+    return {"tokens": prefix.end}
+
+
+async def _shared_prefix(session_id: str, request: Request) -> Mark:
+    return await service_of(request).administration.shared_prefix(caller_of(request).scope, session_id)
+
+
+# --- tenants ----------------------------------------------------------------------------------------------------------
+
+
+@router.post("/tenants/{name}/lifetime")
+async def set_tenant_lifetime(name: str, body: LifetimeRequest, request: Request) -> dict[str, Any]:
+    """How long a tenant's KV lives unused."""
+    await service_of(request).administration.set_lifetime(tenant_of(name, request), body.seconds)
+    return {"seconds": body.seconds}
+
+
+@router.post("/tenants/{name}/pin")
+async def pin_tenant(name: str, body: PinRequest, request: Request) -> dict[str, Any]:
+    """All that is stored now of a tenant stays for so long; for administrators, since it takes others' room."""
+    administrator_of(request)
+    await service_of(request).administration.pin_prefix(tenant_of(name, request), body.seconds)
+    return {"seconds": body.seconds}
+
+
+@router.post("/tenants/{name}/expire")
+async def expire_tenant(name: str, request: Request) -> dict[str, Any]:
+    """All that is stored of a tenant is the first to go."""
+    await service_of(request).administration.expire_prefix(tenant_of(name, request))
+    return {"expired": True}
+
+
+@router.delete("/tenants/{name}/memory")
+async def delete_tenant(name: str, request: Request) -> dict[str, Any]:
+    """A tenant's KV leaves every tier."""
+    await service_of(request).administration.delete_prefix(tenant_of(name, request))
+    return {"deleted": True}
+
+
+def tenant_of(name: str, request: Request) -> Mark:
+    """All that is a tenant's: of the caller (`me`, or by its name), or for administrators of any. ApiError 403, 404."""
+    service, caller = service_of(request), caller_of(request)
+    if name in (ME, caller.tenant.name):
+        return Mark(0, caller.scope)
+    administrator_of(request)
+    tenant = service.keyring.named(name)
+    if tenant is None:
+        raise ApiError(404, f"there is no tenant {name!r} with a key", code="tenant_not_found")
+    return Mark(0, service.connection.model.tenant_root(tenant.salt))
 
 
 @router.get("/cluster")

@@ -10,12 +10,14 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from cluster.prefixes import Prefixes
 from cluster.serving.connection import Connection
 from cluster.serving.errors import ApiError
 from cluster.serving.recollection import Recollection
 from cluster.serving.sessions import Session, SessionBook, scheduler_session
 from policies import messages as m
 from policies.inspection import ChunkView, WaitingView
+from policies.messages import Mark
 
 ADVICE_S = 30.0
 """A session that was expected and does not speak for so long is expected no more."""
@@ -131,6 +133,42 @@ class Administration:
         await self.connection.shelf.delete(f"{scope}/{session_id}")
         left = await self._until_gone(keys)
         return {"deleted": True, "chunks": len(before), "chunks_left": left}
+
+    # --- prefixes and tenants -----------------------------------------------------------------------------------------
+
+    async def own_prefix(self, scope: str, session_id: str) -> Mark:
+        """What is the session's alone."""
+        session = await self._get(scope, session_id)
+        return self._require(session.first_own_mark, session_id)
+
+    async def shared_prefix(self, scope: str, session_id: str) -> Mark:
+        """What every conversation with this one's system prompt begins with."""
+        session = await self._get(scope, session_id)
+        return self._require(session.shared_mark, session_id)
+
+    @staticmethod
+    def _require(mark: Mark | None, session_id: str) -> Mark:
+        if mark is None:
+            words = f"nothing that the session {session_id!r} begins with is shared: its system prompt is too short"
+            raise ApiError(404, words, code="prefix_not_found")
+        return mark
+
+    async def set_lifetime(self, prefix: Mark, seconds: float | None) -> None:
+        await self._tell(self._prefixes.live(prefix, seconds))
+
+    async def pin_prefix(self, prefix: Mark, seconds: float) -> None:
+        await self._tell(self._prefixes.pin(prefix, min(seconds, MAX_PIN_S)))
+
+    async def expire_prefix(self, prefix: Mark) -> None:
+        await self._tell(self._prefixes.expire(prefix))
+
+    async def delete_prefix(self, prefix: Mark) -> None:
+        """Its KV; conversations that began with it are known as before, and computed anew."""
+        await self._tell(self._prefixes.delete(prefix, REFUSE_S))
+
+    @property
+    def _prefixes(self) -> Prefixes:
+        return Prefixes(self.connection.state.scheduler, self.connection.model)
 
     async def _until_gone(self, keys: list[str]) -> int:
         deadline = time.monotonic() + DELETE_LIMIT_S

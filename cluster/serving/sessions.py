@@ -88,6 +88,16 @@ class Session:
         """All marks that are this conversation's alone, also former ones."""
         return tuple(mark for mark in (*self.marks, *self.earlier) if mark.end > self.num_shared)
 
+    @property
+    def shared_mark(self) -> Mark | None:
+        """Of what every conversation with this system prompt begins with, if it was long enough for a mark."""
+        return next((mark for mark in self.marks if mark.end == self.num_shared), None)
+
+    @property
+    def first_own_mark(self) -> Mark | None:
+        """All that is this conversation's alone begins with it (branches may begin otherwise)."""
+        return next((mark for mark in self.marks if mark.end > self.num_shared), None)
+
     def after(self, marks: Sequence[Mark], num_shared: int, last: LastTurn, now: float) -> Session:
         """One turn later."""
         present = {mark.key for mark in marks}

@@ -231,6 +231,10 @@ class KeyRing:
             raise Unauthorized("this API key is not known: it may have been revoked, ask the server's administrator")
         return found[0]
 
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of that name, if it has a key."""
+        return next((tenant for _, tenant in self._holders if tenant.name == name), None)
+
     def _look(self, path: str) -> None:
         """Reads the file again if it has changed; one that cannot be used changes nothing."""
         now = self._clock()

@@ -173,6 +173,24 @@ def test_pins_expectations_and_closing_are_heard() -> None:
     asyncio.run(live())
 
 
+def test_what_is_said_about_prefixes_is_heard() -> None:
+    async def live() -> None:
+        actor, replica, _ = await make()
+        await offer(actor, A, "a")
+        prefix = m.Mark(4, key_of(A))
+        await actor.set_lifetime(prefix, 60.0)
+        await actor.pin_prefix(prefix, 60.0)
+        await actor.expire_prefix(prefix)
+        figures = await actor.snapshot()
+        assert (figures["prefixes_with_lifetimes"], figures["leases"]) == (1, 1)
+        await actor.delete_prefix(prefix, 60.0)
+        await asyncio.sleep(0.01)
+        assert (await actor.snapshot())["chunks"] == 0
+        assert replica.told == [("forget", ((key_of(A),),))]
+
+    asyncio.run(live())
+
+
 # --- turns that never came to their replica ---------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from actors.engine.turns import FinishReason
 from actors.scheduler import UNHEARD_S
 from actors.wire import TurnRequest
 from cluster import bringup
+from cluster.prefixes import Prefixes
 from policies import messages as m
 from policies.messages import Tier
 from storage import keys
@@ -78,6 +79,48 @@ def test_a_deleted_session_is_nowhere_any_more(cluster: bringup.Running) -> None
     again = asyncio.run(cluster.client.run(request("b/1", "b", PROMPT)))
     assert sum(again.account.reused.values()) == NUM_SHARED
     assert again.token_ids == answer.token_ids
+
+
+def test_a_deleted_tenant_is_nowhere_any_more_and_the_others_are_where_they_were(cluster: bringup.Running) -> None:
+    """In HBM, too; what is computed of it anew later is kept again."""
+    scheduler, [replica], model = cluster.scheduler, cluster.replicas.values(), cluster.client.model
+    prefixes = Prefixes(scheduler, model)
+    tenant = prefixes.of(salt="alice")
+    prompt = tuple(range(50, 150))
+    mine = replace(request("alice/1", "alice", prompt), root=tenant.key)
+    answer = asyncio.run(cluster.client.run(mine))
+    asyncio.run(cluster.client.run(request("other/1", "other", prompt)))
+    names = [key for _, key in keys.chain(tenant.key, prompt, model.chunk_tokens)][:3]
+    others = [key for _, key in keys.chain(model.root, prompt, model.chunk_tokens)][:3]
+    assert prefixes.of(prompt[:32], salt="alice").key == names[0]
+    wait_until(lambda: is_at_rest(cluster) and len(ray.get(scheduler.where.remote(names))) == 3)
+    assert ray.get(replica.kept.remote(names)) == names
+
+    async def steer() -> None:
+        await prefixes.live(tenant, 3600.0)
+        await prefixes.pin(tenant, 3600.0)
+        await prefixes.expire(prefixes.of(prompt[:32]))
+        await prefixes.delete(tenant, refuse_s=0.5)
+
+    asyncio.run(steer())
+    wait_until(lambda: is_at_rest(cluster) and not ray.get(scheduler.where.remote(names)))
+    wait_until(lambda: ray.get(replica.kept.remote(names)) == [])
+    assert len(ray.get(scheduler.where.remote(others))) == 3
+    ray.get(scheduler.check.remote())
+    time.sleep(0.5)
+    again = asyncio.run(cluster.client.run(replace(mine, turn_id="alice/2")))
+    assert sum(again.account.reused.values()) == 0
+    assert again.token_ids == answer.token_ids
+    wait_until(lambda: len(ray.get(scheduler.where.remote(names))) == 3)
+
+
+def test_times_that_are_none_are_refused(cluster: bringup.Running) -> None:
+    prefixes = Prefixes(cluster.scheduler, cluster.client.model)
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="give seconds"):
+            asyncio.run(prefixes.live(prefixes.of(), seconds))
+    with pytest.raises(ValueError, match="give seconds"):
+        asyncio.run(prefixes.pin(prefixes.of(), -1.0))
 
 
 def test_a_client_that_died_before_it_reached_its_replica_takes_no_slot(cluster: bringup.Running) -> None:

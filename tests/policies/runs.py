@@ -90,7 +90,7 @@ def _surprise(world: World) -> None:
     if waiting:
         surprises.append(lambda: world.hang_up(world.choices.pick(waiting)))
     if world.talks:
-        deeds = (world.expect, world.pin, world.expire, world.delete)
+        deeds = (world.expect, world.pin, world.expire, world.delete, world.steer)
         surprises += [lambda deed=deed: deed(world.choices.pick(world.talks)) for deed in deeds]  # type: ignore[misc]
     replica = world.choices.pick(world.replicas)
     if not world.setup.is_reliable or any(not other.is_closing for other in world.replicas if other is not replica):

@@ -219,7 +219,7 @@ def test_a_pin_covers_each_token_once() -> None:
     driver.obey(driver.offer(chunks_of(long, 4, cuts=[6])))
     pin(driver, long)
     lease = driver.scheduler.board.catalog.leases.by_owner["pin/a"]
-    assert [chunk.key for chunk, _ in lease.held] == names(long[:4], long)
+    assert [chunk.key for chunk in lease.held.values()] == names(long[:4], long)
 
 
 def test_a_lost_copy_is_not_pinned_any_more() -> None:

@@ -373,6 +373,21 @@ class World:
         self.deletions.append(Deletion(session_id, self.now + seconds, {mark.key for mark in marks}))
         self.hear(m.SessionDeleted(session_id=session_id, prompt=marks, seconds=seconds))
 
+    def steer(self, talk: Talk) -> None:
+        """Something is said about all that begins as this conversation does, up to some mark."""
+        prefix = self.choices.pick(marks_of(talk.tokens, (*talk.cuts, NUM_SYSTEM)))
+        seconds = self.choices.pick((10.0, 0.5, 100.0))
+        event = self.choices.pick(
+            (
+                m.PrefixLifetimeSet(prefix=prefix, seconds=seconds),
+                m.PrefixLifetimeSet(prefix=prefix, seconds=None),
+                m.PrefixPinned(prefix=prefix, seconds=seconds),
+                m.PrefixExpired(prefix=prefix),
+                m.PrefixDeleted(prefix=prefix, seconds=seconds),
+            )
+        )
+        self.hear(event)
+
     def close(self, replica: ReplicaSim) -> None:
         replica.is_closing = True
         self.hear(m.ReplicaClosing(replica.spec.replica_id))

@@ -168,6 +168,29 @@ def test_a_session_may_be_expired(server):
     assert call(server, "POST", "old", "/expire").json() == {"expired": True}
 
 
+def test_a_session_and_its_system_prompt_have_times_to_live(server):
+    system = {"role": "system", "content": "You answer in the manner of a lighthouse keeper on a quiet night. " * 4}
+    body = {"messages": [system, {"role": "user", "content": QUESTION}], "max_tokens": 4}
+    headers = {"x-session-id": "keeper"}
+    httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    server.run(server.service.settle())
+    assert call(server, "POST", "keeper", "/lifetime", seconds=600).json() == {"seconds": 600}
+    tokens = call(server, "POST", "keeper", "/prefix/lifetime", seconds=3600).json()["tokens"]
+    assert 32 < tokens < call(server, "GET", "keeper").json()["tokens"]
+    assert server.cluster.scheduler_stats()["prefixes_with_lifetimes"] == 2
+    assert call(server, "POST", "keeper", "/prefix/pin", seconds=600).json() == {"tokens": tokens}
+    assert server.cluster.scheduler_stats()["leases"] == 1
+    assert call(server, "POST", "keeper", "/prefix/expire").json() == {"tokens": tokens}
+    assert call(server, "DELETE", "keeper", "/prefix").json() == {"tokens": tokens}
+    wait_until(lambda: not any(own_tiers(server, "keeper")))
+    for verb in ("/lifetime", "/prefix/lifetime"):
+        url = f"{server.url}/reprise/v1/conversations/keeper{verb}"
+        assert httpx.post(url, json={"seconds": None}).json()["seconds"] is None
+        assert [httpx.post(url, json=bad).status_code for bad in ({"seconds": 0}, {"seconds": "x"}, {})] == [400] * 3
+    assert server.cluster.scheduler_stats()["prefixes_with_lifetimes"] == 0
+    assert call(server, "POST", "nobody", "/prefix/expire").status_code == 404
+
+
 def test_the_cluster_in_figures(server):
     shown = httpx.get(f"{server.url}/reprise/v1/cluster").json()
     assert {tier["tier"] for tier in shown["tiers"]} == {"hbm", "dram", "ssd"}

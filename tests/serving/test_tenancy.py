@@ -112,3 +112,29 @@ def test_secrets_are_in_no_metric(closed, keys):
     assert "reprise_time_to_first_token_seconds" in text
     assert not any(key in text for key in keys[1].values())
     assert "sha256" not in text
+
+
+def test_a_tenant_steers_its_own_memory_and_an_administrator_anybodys(closed, keys):
+    made = keys[1]
+
+    def call(key: str, method: str, path: str, **body: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {made[key]}"}
+        return httpx.request(method, f"{closed.url}/reprise/v1/tenants/{path}", json=body or None, headers=headers)
+
+    ask(closed, made["bob"])
+    assert call("bob", "POST", "me/lifetime", seconds=60).json() == {"seconds": 60}
+    assert call("bob", "POST", "bob/expire").json() == {"expired": True}
+    for method, path, body in (
+        ("POST", "alice/lifetime", {"seconds": 60}),
+        ("POST", "alice/expire", {}),
+        ("DELETE", "alice/memory", {}),
+        ("POST", "me/pin", {"seconds": 60}),
+    ):
+        assert call("bob", method, path, **body).status_code == 403, path
+    assert call("root", "POST", "nobody/expire").json()["error"]["code"] == "tenant_not_found"
+    assert call("root", "POST", "bob/pin", seconds=60).status_code == 200
+    assert call("root", "POST", "bob/pin", seconds=-1).status_code == 400
+    assert call("root", "DELETE", "bob/memory").json() == {"deleted": True}
+    again = ask(closed, made["bob"])
+    assert again.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.reprise["recomputed"]["deleted"] > 0
