@@ -8,6 +8,8 @@ A step holds one token of each of the b turns that decode and fills the rest of 
 so that between two changes prefill goes on at w / (d(b) + w) of its speed alone, and every decoding turn gets a token a
 step. In the limits: one turn's prefill takes `prefill_s(start, end)`, n tokens at batch b take n * d(b). The KV that
 decoding reads is counted anew at every change only. Steps are not whole here: a turn joins and leaves at any moment.
+But its first token comes with the end of a step: as in the live engine a turn that comes beside others waits for the
+end of the running step (on average half of it), is computed from then on, and has its token when its last step ends.
 
 A turn that restores KV computes beside it, layer by layer (perfectly hidden): its first token comes when both are over,
 and nobody else waits for its load. Knows tokens and seconds; no chunks, no scheduler.
@@ -16,6 +18,7 @@ and nobody else waits for its load. Knows tokens and seconds; no chunks, no sche
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +39,10 @@ class Job:
     on_end: Callable[[], None]
     is_loaded: bool
     is_computed: bool = False
+    whole_s: float = 0.0
+    """Of prefill, when it came."""
+    until_step_s: float = 0.0
+    """It waited for the end of the step that ran when it came."""
 
 
 @dataclass(slots=True)
@@ -77,6 +84,7 @@ class Engine:
         self.busy = BusyTime()
         self._clock, self._speed = clock, speed
         self._prefill: deque[Job] = deque()
+        self._num_ending = 0  # turns that are computed, in a step that is not over
         self._decoding = _Decoding()
         self._since = 0.0  # up to which time everything is accounted for
         self._plan = 0  # number of the valid one
@@ -86,11 +94,14 @@ class Engine:
     @property
     def num_turns(self) -> int:
         """Turns that compute (those that have computed and wait for their load are not counted)."""
-        return len(self._prefill) + len(self._decoding.ends)
+        return len(self._prefill) + self._num_ending + len(self._decoding.ends)
 
     def add(self, job: Job) -> None:
         """The job's prefill begins when those before it are done."""
         self._catch_up()
+        job.whole_s = job.work_s
+        if not self._prefill:
+            job.until_step_s = self._decode_s() / 2
         self._prefill.append(job)
         self._plan_next()
 
@@ -125,12 +136,11 @@ class Engine:
     def _plan_next(self) -> None:
         """Rates until the next change, and when that is."""
         self._plan += 1
-        decoding, speed = self._decoding, self._speed
+        decoding = self._decoding
         num_decoding = len(decoding.ends)
-        decode_s = speed.decode_step_s(num_decoding, decoding.num_context_tokens) if num_decoding else 0.0
-        prefill_s = 0.0
+        decode_s, prefill_s = self._decode_s(), 0.0
         if self._prefill:
-            prefill_s = max(1, speed.max_step_tokens - num_decoding) * speed.prefill_s_per_token
+            prefill_s = self._prefill_s()
             self._prefill_rate = prefill_s / (decode_s + prefill_s)
             ready_at = self._since + self._prefill[0].work_s / self._prefill_rate
         if num_decoding:
@@ -148,10 +158,41 @@ class Engine:
             return
         self._catch_up()
         job = self._prefill.popleft()
+        self._num_ending += 1
+        rest_s = self._rest_of_step_s(job)
+        if rest_s > 0.0:
+            self._clock.at(self._clock.now + rest_s, self._end_step, job)
+            self._plan_next()
+        else:
+            self._end_step(job)
+
+    def _end_step(self, job: Job) -> None:
+        """The job's last token is computed."""
+        self._catch_up()
+        self._num_ending -= 1
         job.is_computed = True
         if job.is_loaded:
             self._answer(job)
         self._plan_next()
+
+    def _rest_of_step_s(self, job: Job) -> float:
+        """What the fluid leaves out: the wait for its first step, and what others do in its last one."""
+        decode_s, prefill_s = self._decode_s(), self._prefill_s()
+        if decode_s == 0.0:
+            return 0.0
+        num_steps = job.whole_s / prefill_s
+        unfilled = math.ceil(num_steps) - num_steps
+        return job.until_step_s + unfilled * (decode_s + (prefill_s if self._prefill else 0.0))
+
+    def _decode_s(self) -> float:
+        """What the turns that decode add to a step."""
+        decoding = self._decoding
+        return self._speed.decode_step_s(len(decoding.ends), decoding.num_context_tokens) if decoding.ends else 0.0
+
+    def _prefill_s(self) -> float:
+        """What prefill adds to a step that it fills."""
+        num_tokens = max(1, self._speed.max_step_tokens - len(self._decoding.ends))
+        return num_tokens * self._speed.prefill_s_per_token
 
     def _end_decoding(self, plan: int) -> None:
         if plan != self._plan:

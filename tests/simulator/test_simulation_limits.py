@@ -115,12 +115,27 @@ def test_the_kv_that_decoding_reads_takes_time() -> None:
 
 
 def test_prefill_goes_in_order_and_slows_decoding() -> None:
-    """A step of 100 tokens: 1 decodes (11 ms) and 99 are prefilled (99 ms), so 1,000 tokens take 1,000/99 steps."""
+    """A step of 100 tokens: 1 decodes (11 ms) and 99 are prefilled (99 ms), so 1,000 tokens take 1,000/99 steps; the
+    token comes with the end of the eleventh, and half a step passed before the first."""
     decoding, late = run_engine(ENGINE, [(0.0, 100, 1001), (1.0, 1000, 1)])
     shared_s = 1000 / 99 * 0.110
-    assert late.first_token == pytest.approx(1.0 + shared_s)
+    assert late.first_token == pytest.approx(1.0 + 0.011 / 2 + 11 * 0.011 + 1000 * 0.001)
     assert decoding.first_token == pytest.approx(0.1)
     assert decoding.end == pytest.approx(0.1 + 1000 * 0.011 + shared_s - 1000 / 99 * 0.011)
+
+
+@pytest.mark.parametrize("num_new", [1, 20, 60])
+def test_a_turn_is_computed_in_the_step_that_admits_it(num_new: int) -> None:
+    """As in the live engine: what is left of the running step, and one of its own, in which 12 others decode."""
+    others = [(0.0, 1, 10_000)] * 12
+    *_, late = run_engine(ENGINE, [*others, (50.0, num_new, 1)])
+    step_s = 0.010 + 12 * 0.001
+    assert late.first_token - 50.0 == pytest.approx(step_s / 2 + step_s + num_new * 0.001)
+
+
+def test_nobody_waits_for_steps_of_an_idle_engine() -> None:
+    (times,) = run_engine(ENGINE, [(3.0, 7, 1)])
+    assert times.first_token == pytest.approx(3.007)
 
 
 def test_nothing_is_computed_twice_and_the_engine_knows_when_it_worked() -> None:
