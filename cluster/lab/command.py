@@ -47,6 +47,7 @@ EXAMPLES = {
     "oracle": """
   reprise lab oracle zipf:sessions=500 --capacity 5,10
   reprise lab oracle chat:sessions=300 --capacity 10 --level session --eviction Fifo
+  reprise lab oracle chat.parquet --capacity 5,10 --warm-up 0.5        (only the second half counts)
 """,
     "record": """
   reprise lab record run.jsonl --trace chat:sessions=50
@@ -155,6 +156,7 @@ def _add_oracle(commands: Any) -> None:
     parser.add_argument(
         "--eviction", action="append", default=[], help=f"may be given again ({DEFAULT_EVICTION.partition(':')[2]})"
     )
+    _add_warm_up(parser)
     _add_jobs(parser)
 
 
@@ -206,7 +208,13 @@ def _add_setup(parser: Any, load: str = 'offered load, or "recorded" (as set up)
     group.add_argument("--model", help=", ".join(MODELS))
     group.add_argument("--gpus", type=int, help="of one replica")
     group.add_argument("--advice", type=float, metavar="SECONDS", help="a follow-up is announced so long before (0)")
-    group.add_argument("--warm-up", type=float, metavar="SHARE", help="of the turns that do not count")
+    _add_warm_up(group)
+
+
+def _add_warm_up(parser: Any) -> None:
+    parser.add_argument(
+        "--warm-up", type=float, metavar="SHARE", help="of the turns, the first ones: they do not count"
+    )
 
 
 def _add_policies(parser: Any, several: bool = False, strict: bool = True) -> None:

@@ -149,7 +149,8 @@ def _regret_words(regrets: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _hit_rates(options: argparse.Namespace) -> list[Row]:
     percents = parse_numbers("--capacity", options.capacity, 100)
-    jobs = hit_rate_jobs(source_of(options), [Level(options.level)], percents, evictions_of(options))
+    warm_up = options.warm_up or 0.0
+    jobs = hit_rate_jobs(source_of(options), [Level(options.level)], percents, evictions_of(options), warm_up)
     return hit_rate_rows(jobs, _outcomes(jobs, options.jobs))
 
 

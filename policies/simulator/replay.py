@@ -64,12 +64,14 @@ def replay(
     *,
     level: Level = Level.BLOCK,
     max_run: int = 1 << 30,
+    warm_up: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> Replay:
     """Run a trace from a cold start; the cache holds `share` (0 to 1) of its footprint.
 
     TraceError for a trace without block ids at block level: give it private blocks first (`shaping`). `max_run`: the
-    longest run of blocks that a policy is told of as one. `progress` hears the number of requests done, now and then.
+    longest run of blocks that a policy is told of as one. `warm_up`: the share of the requests, from the first on, that
+    fill the cache and teach the policy and are not counted. `progress` hears the number of requests done, now and then.
     """
     footprint = footprint_tokens(trace, level)
     if level is Level.SESSION:
@@ -81,15 +83,19 @@ def replay(
         capacity = int(footprint / trace.block_tokens * share) * trace.block_tokens
         cache = BlockCache(policy, capacity, trace.block_tokens, max_run)
     turns: Counter[int] = Counter()
-    hit_tokens, now = 0, float("-inf")
+    first_counted = int(warm_up * len(trace))
+    input_tokens, hit_tokens, now = 0, 0, float("-inf")
     for number, request in enumerate(trace):
         turns[request.session_id] += 1
         now = max(now + TICK_S, request.arrival_s)
-        hit_tokens += cache.use(request, turns[request.session_id], now)
+        num_held = cache.use(request, turns[request.session_id], now)
+        if number >= first_counted:
+            input_tokens += request.input_tokens
+            hit_tokens += num_held
         if progress is not None and not number % 1000:
             progress(number)
     return Replay(
-        capacity_tokens=capacity, footprint_tokens=footprint, input_tokens=trace.input_tokens, hit_tokens=hit_tokens
+        capacity_tokens=capacity, footprint_tokens=footprint, input_tokens=input_tokens, hit_tokens=hit_tokens
     )
 
 

@@ -109,6 +109,7 @@ def test_score_skips_what_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp
         (("run", TRACE, "--limit", "0"), "limit"),
         (("sweep", TRACE), "--capacity"),
         (("oracle", TRACE, "--capacity", "200"), "--capacity"),
+        (("oracle", TRACE, "--warm-up", "1"), "--warm-up"),
         (("compare", TRACE, "--jobs", "0"), "--jobs"),
         (("replay", "nothing.jsonl"), "nothing.jsonl"),
         (("score", "nothing"), "nothing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from random import Random
@@ -10,7 +11,7 @@ import pytest
 
 from policies.eviction import EvictionPolicy, Gdsf, Lfu, Lru, Returns, S3Fifo, Sieve
 from policies.simulator.oracle import block_oracle, session_oracle
-from policies.simulator.replay import Level, replay
+from policies.simulator.replay import Level, footprint_tokens, replay
 from policies.simulator.trace import Request, Trace
 
 
@@ -104,6 +105,16 @@ def test_nobody_beats_the_oracle_and_capacity_is_kept(make: type[EvictionPolicy]
         oracle = block_oracle(trace) if level is Level.BLOCK else session_oracle(trace)
         ceiling = replay(trace, oracle, 0.4, level=level, max_run=1).hit_tokens
         assert 0 <= replay(trace, make(), 0.4, level=level).hit_tokens <= ceiling
+
+
+@pytest.mark.parametrize("level", list(Level))
+def test_what_warms_up_fills_the_cache_and_is_not_counted(level: Level) -> None:
+    trace = small_trace(1, num_requests=40)
+    whole, held_out = (replay(trace, Lru(), 0.4, level=level, warm_up=share) for share in (0.0, 0.5))
+    half = replace(trace, requests=trace.requests[:20])
+    first = replay(half, Lru(), (whole.capacity_tokens + 1e-6) / footprint_tokens(half, level), level=level)
+    assert held_out.input_tokens == whole.input_tokens - first.input_tokens
+    assert held_out.hit_tokens == whole.hit_tokens - first.hit_tokens > 0
 
 
 def test_everything_fits_everything_hits() -> None:

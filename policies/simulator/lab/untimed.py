@@ -32,6 +32,8 @@ class HitRateJob:
     """Capacity, of the trace's footprint."""
     policy: str
     """An import path, or ORACLE."""
+    warm_up: float = 0.0
+    """Share of the requests, from the first on, that are replayed and not counted."""
 
     @property
     def words(self) -> str:
@@ -43,7 +45,15 @@ class HitRateJob:
         policy, max_run = self._policy(trace), 1 if self.policy == ORACLE else 1 << 30
         progress = None if told is None else lambda done: told(done, len(trace))
         try:
-            done = replay(trace, policy, self.percent / 100, level=self.level, max_run=max_run, progress=progress)
+            done = replay(
+                trace,
+                policy,
+                self.percent / 100,
+                level=self.level,
+                max_run=max_run,
+                warm_up=self.warm_up,
+                progress=progress,
+            )
         except TraceError:
             raise
         except Exception as error:  # foreign code
@@ -72,12 +82,14 @@ def levels_of(trace: Trace) -> list[Level]:
 
 
 def hit_rate_jobs(
-    source: Source, levels: Iterable[Level], percents: Sequence[float], policies: Sequence[str]
+    source: Source, levels: Iterable[Level], percents: Sequence[float], policies: Sequence[str], warm_up: float = 0.0
 ) -> list[HitRateJob]:
-    """For every level and capacity: LRU, the policies, the oracle."""
+    """For every level and capacity: LRU, the policies, the oracle. LabError for a warm-up of everything."""
+    if not 0 <= warm_up < 1:
+        raise LabError(f"--warm-up is {warm_up}: give a share from 0 to below 1")
     names = list(dict.fromkeys((LRU, *policies, ORACLE)))
     return [
-        HitRateJob(source=source, level=level, percent=percent, policy=name)
+        HitRateJob(source=source, level=level, percent=percent, policy=name, warm_up=warm_up)
         for level in levels
         for percent in percents
         for name in names
