@@ -146,7 +146,12 @@ _SCHEDULER = {
     "leases": ("num_leases", "Pins on chunks that dispatched turns restore."),
     "offers_pending": ("num_offers_pending", "Computed chunks that wait for bytes in DRAM to be saved."),
     "sessions_expected": ("num_sessions_expected", "Sessions announced to speak soon."),
-    "sessions_pinned": ("num_sessions_pinned", "Sessions whose chunks are kept until a time."),
+    "sessions_pinned": ("num_sessions_pinned", "Sessions and prefixes whose chunks are kept until a time."),
+    "prefixes_with_lifetimes": (
+        "num_prefixes_with_lifetimes",
+        "Prefixes and tenants with a time to live of their own.",
+    ),
+    "prefix_wishes": ("num_prefix_wishes", "What was said about prefixes and is still being done to what is stored."),
     "chunks_deleting": ("num_chunks_deleting", "Chunks of deleted sessions that have not left every tier yet."),
     "replicas": ("num_replicas", "Replicas that take turns."),
     "nodes": ("num_nodes", "Nodes with a store."),
