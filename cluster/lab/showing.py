@@ -76,6 +76,6 @@ def progress() -> Iterator[Told]:
             bar.update(task, description=words[-60:], total=of, completed=done + share)
             if not console.is_terminal and time.monotonic() >= last_line + LOG_LINE_S:
                 last_line = time.monotonic()
-                print(f"{done}/{of} runs  {words}", file=sys.stderr, flush=True)
+                print(f"{done}/{of} runs, then {share:.0%} of {words}", file=sys.stderr, flush=True)
 
         yield told

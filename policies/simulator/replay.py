@@ -140,6 +140,11 @@ class _Room:
         self.policy = policy
         self._learner = learner_of(policy)
 
+    @property
+    def listens(self) -> bool:
+        """Whether the policy wants to hear of prompts."""
+        return self._learner is not None
+
     def hear(self, prompt: Sequence[Mark], now: float) -> None:
         if self._learner is not None:
             self._learner.note_prompt(prompt, now)
@@ -148,8 +153,8 @@ class _Room:
         if self._learner is not None:
             self._learner.note_answer(prompt, turn, answer_tokens, now)
 
-    def victim(self, now: float) -> str:
-        (key,) = self.policy.victims(PLACE, 1, Outlook.without_queue(now))
+    def victim(self, outlook: Outlook) -> str:
+        (key,) = self.policy.victims(PLACE, 1, outlook)
         return key
 
 
@@ -169,7 +174,9 @@ class BlockCache:
     def use(self, request: Request, turn: int, now: float) -> int:
         blocks = request.blocks
         size, num_tokens = self._block_tokens, request.input_tokens
-        prompt = [Mark(min(number * size, num_tokens), str(block)) for number, block in enumerate(blocks, 1)]
+        prompt: list[Mark] = []
+        if self._room.listens:
+            prompt = [Mark(min(number * size, num_tokens), str(block)) for number, block in enumerate(blocks, 1)]
         self._room.hear(prompt, now)
         num_held = bisect_left(blocks, True, key=lambda block: block not in self._run_of)
         last = self._end_of(blocks[num_held - 1]) if num_held else None
@@ -247,8 +254,9 @@ class BlockCache:
             self._policy.add(PLACE, run)
 
     def _make_room(self, now: float) -> None:
+        outlook = Outlook.without_queue(now)
         while self.used_tokens > self._capacity:
-            run = self._runs[self._room.victim(now)]
+            run = self._runs[self._room.victim(outlook)]
             surplus = -int(-(self.used_tokens - self._capacity) // self._block_tokens)
             num_gone = min(surplus, len(run.blocks), self._max_gone)
             for block in run.blocks[-num_gone:]:
@@ -303,8 +311,9 @@ class SessionCache:
         )
         self.used_tokens += run.num_bytes - held_tokens
         self._policy.add(PLACE, run)
+        outlook = Outlook.without_queue(now)
         while self.used_tokens > self._capacity:
-            victim = self._room.victim(now)
+            victim = self._room.victim(outlook)
             self.used_tokens -= self._sessions.pop(victim).num_bytes
             self._policy.remove(PLACE, victim, evicted=True)
         return min(held_tokens, request.input_tokens)
