@@ -144,6 +144,7 @@ class Replica:
         self._around.mail.append(
             m.TurnFinished(turn_id=command.turn_id, replica_id=command.replica_id, attempt=command.attempt)
         )
+        running.job = None  # they held each other
         self._marker.ended(request)
         self._on_end(request)
 

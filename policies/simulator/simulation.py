@@ -11,6 +11,7 @@ nothing dies; commands may fail (`Setup.failure_share`). See `marks`, `engine` a
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
@@ -39,6 +40,7 @@ Progress = Callable[[int, int], None]
 POLICY_KINDS = ("eviction", "prefetch", "placement", "admission", "serving_order")
 PATIENCE_S = 600.0  # virtual seconds in which the scheduler must have found something to do for waiting turns
 TOLD_EVERY = 500  # turns
+SETTLE_EVERY = 10_000  # likewise
 ADVICE_ENDS_S = 1.0  # after the follow-up should have come
 
 
@@ -249,12 +251,20 @@ class Simulation:
 
     def run(self, progress: Progress | None = None) -> SimulationResult:
         """To the end of the last turn; what is still being written then is not waited for."""
-        num_turns, told = len(self.trace), 0
-        while self.num_ended < num_turns:
-            self.step()
-            if progress is not None and self.num_ended >= told + TOLD_EVERY:
-                told = self.num_ended
-                progress(told, num_turns)
+        num_turns, told, settled = len(self.trace), 0, 0
+        try:
+            while self.num_ended < num_turns:
+                self.step()
+                if progress is not None and self.num_ended >= told + TOLD_EVERY:
+                    told = self.num_ended
+                    progress(told, num_turns)
+                if self.num_ended >= settled + SETTLE_EVERY:
+                    settled = self.num_ended
+                    gc.collect()
+                    gc.freeze()  # what is known by now lives on: later passes of the collector need not walk over it
+        finally:
+            if settled:
+                gc.unfreeze()
         self._drain()
         return summarise(self, self._seed)
 
