@@ -20,7 +20,6 @@ from storage.framing import (
     HEAD_PREFIX_BYTES,
     MIN_FILE_BYTES,
     LayerFrame,
-    build_head,
     build_tail,
     checksum,
     head_bytes,
@@ -36,9 +35,8 @@ from storage.header import (
     LayerShape,
     byte_view,
     header_from_json,
-    header_to_json,
 )
-from storage.layout import KV, Layout, blank_index, layer_arrays, layer_frames, total_bytes
+from storage.layout import KV, Layout, Payload, layer_arrays, total_bytes
 from storage.recycle import Recycler
 
 __all__ = [
@@ -133,20 +131,17 @@ def _check_layers(views: Sequence[KV], layers: Sequence[KV]) -> None:
 
 def _seal_layer(raw: Bytes, frame: LayerFrame) -> int:
     """Write the framing of one layer around its payload; returns its checksum."""
-    for position, constant in (
-        (0, frame.before_k),
-        (len(frame.before_k) + frame.k_bytes, frame.before_v),
-        (frame.v_offset + frame.v_bytes, frame.after_v),
-    ):
-        raw[position : position + len(constant)] = byte_view(constant)
+    lent = raw.data
+    lent[: len(frame.before_k)] = frame.before_k
+    lent[frame.v_offset - len(frame.before_v) : frame.v_offset] = frame.before_v
+    lent[frame.num_bytes - len(frame.after_v) :] = frame.after_v
     return checksum(raw)
 
 
 def _write_ends(layout: Layout, out: Bytes, checksums: Sequence[int]) -> None:
     """Head and tail, last: only with them the bytes are a chunk."""
-    index = tuple((offset, length, digest) for (offset, length, _), digest in zip(layout.index, checksums))
-    head = build_head(header_to_json(layout.header, index))
-    tail = build_tail(head, index, layout.frames)
+    head = layout.sealed_head(checksums)
+    tail = build_tail(head, layout.index, layout.frames)
     out[: len(head)] = byte_view(head)
     out[len(out) - len(tail) :] = byte_view(tail)
 
@@ -182,8 +177,9 @@ class ChunkReader:
         self._source = source
         self._start, self._head = _read_head(source)
         self.header, self._index = header_from_json(open_head(self._head))
-        self._frames = _checked_frames(self.header, self._index)
-        expected = total_bytes(self._head, self._index, self._frames)
+        payload = _checked_payload(self.header, self._index)
+        self._frames = payload.frames
+        expected = total_bytes(self._head, payload)
         if source.num_bytes != expected:
             raise CorruptChunk(f"{source.num_bytes} bytes where the header says {expected}")
 
@@ -244,15 +240,15 @@ def _read_head(source: RangeSource) -> tuple[Bytes, bytes]:
     return start, start[:num_bytes].tobytes()
 
 
-def _checked_frames(header: ChunkHeader, index: Index) -> tuple[LayerFrame, ...]:
-    """The frames that follow from the shapes; CorruptChunk if the index does not agree with them."""
+def _checked_payload(header: ChunkHeader, index: Index) -> Payload:
+    """What follows from the shapes; CorruptChunk if the index does not agree with it."""
     try:
-        frames = layer_frames(header)
+        payload = Payload.of(header)
     except ValueError as error:
         raise CorruptChunk(str(error)) from error
-    if [entry[:2] for entry in index] != [entry[:2] for entry in blank_index(frames)]:
+    if tuple((offset, length, 0) for offset, length, _ in index) != payload.index:
         raise CorruptChunk(f"the layer index of chunk {header.key} does not fit its shapes")
-    return frames
+    return payload
 
 
 def read_chunk(source: Buffer | RangeSource) -> ChunkReader:

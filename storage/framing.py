@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ _RECORD_BATCH = 3  # MessageHeader union
 _CHECKSUM_BYTES = 8
 _MAX_HEAD_BYTES = 1 << 28
 _MAX_COLUMN_BYTES = (1 << 31) - 1  # offsets of a `binary` column are int32
+_SCHEMA = pa.schema([pa.field(name, pa.binary(), nullable=False) for name in ("k", "v")])
+_FOOTER = struct.Struct("<I 6H iIIh2x 4xI")
+_BLOCK = struct.Struct("<qi4xq")
+_END_OF_STREAM = _CONTINUATION + bytes(4)
 
 
 def checksum(data: Buffer) -> int:
@@ -51,9 +55,9 @@ def padding(num_bytes: int) -> int:
     return -num_bytes % ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerFrame:
-    """The constant bytes around K and V of one layer."""
+    """The constant bytes around K and V of one layer. Frames are shared by many chunks: sizes are computed once."""
 
     before_k: bytes
     k_bytes: int
@@ -61,13 +65,18 @@ class LayerFrame:
     v_bytes: int
     after_v: bytes
 
-    @property
+    @cached_property
     def v_offset(self) -> int:
         return len(self.before_k) + self.k_bytes + len(self.before_v)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return self.v_offset + self.v_bytes + len(self.after_v)
+
+    @cached_property
+    def message_bytes(self) -> int:
+        """How much of `before_k` is the record batch message; the rest belongs to its body."""
+        return 8 + int(struct.unpack_from("<i", self.before_k, 4)[0])
 
 
 @lru_cache(maxsize=256)
@@ -127,9 +136,17 @@ def build_head(document: bytes) -> bytes:
 
     They lie in the padding of the schema message, where Arrow readers do not look.
     """
-    fields = [pa.field("k", pa.binary(), nullable=False), pa.field("v", pa.binary(), nullable=False)]
-    serialized = pa.schema(fields, metadata={_METADATA_KEY: document}).serialize().to_pybytes()
-    head = _MAGIC + b"\0\0" + _encapsulate(serialized[8:], 8, _CHECKSUM_BYTES)
+    serialized = _SCHEMA.with_metadata({_METADATA_KEY: document}).serialize().to_pybytes()
+    return _signed(_MAGIC + b"\0\0" + _encapsulate(serialized[8:], 8, _CHECKSUM_BYTES))
+
+
+def patch_head(head: bytes, position: int, text: bytes) -> bytes:
+    """The head with `text` at a position within its document, signed anew."""
+    return _signed(head[:position] + text + head[position + len(text) : -_CHECKSUM_BYTES])
+
+
+def _signed(head: bytes) -> bytes:
+    """The head, whole, from all of it but its checksum."""
     return head + struct.pack("<Q", checksum(head))
 
 
@@ -158,19 +175,26 @@ def open_head(head: bytes) -> bytes:
 def build_tail(head: bytes, index: Index, frames: Sequence[LayerFrame]) -> bytes:
     """End-of-stream mark, Footer{V5, schema (as in the head), one block per layer}, its length and the magic."""
     schema = head[HEAD_PREFIX_BYTES:-_CHECKSUM_BYTES]
-    schema_at = 40 + 24 * len(index)
-    footer = struct.pack(
-        "<I 6H iIIh2x 4xI",
+    schema_at = _FOOTER.size + _BLOCK.size * len(index)
+    footer = _FOOTER.pack(
         *(16,),  # 0: root table
         *(12, 16, 12, 4, 0, 8),  # 4: vtable: own size, table size, version, schema, (dictionaries), recordBatches
         *(12, schema_at + _schema_table(schema) - 20, 36 - 24, _METADATA_V5),  # 16: Footer; its fields at 20 and 24
         *(len(index),),  # 36: blocks, elements at 40
     )
-    for (offset, length, _), frame in zip(index, frames):
-        message_bytes = 8 + int(struct.unpack_from("<i", frame.before_k, 4)[0])
-        footer += struct.pack("<qi4xq", len(head) + offset, message_bytes, length - message_bytes)
-    footer += schema
-    return _CONTINUATION + bytes(4) + footer + struct.pack("<i", len(footer)) + _MAGIC
+    blocks = [
+        _BLOCK.pack(len(head) + offset, frame.message_bytes, length - frame.message_bytes)
+        for (offset, length, _), frame in zip(index, frames)
+    ]
+    footer = b"".join([footer, *blocks, schema])
+    return _END_OF_STREAM + footer + struct.pack("<i", len(footer)) + _MAGIC
+
+
+def tail_bytes(head_bytes: int, num_layers: int) -> int:
+    """Length of build_tail behind a head of that length."""
+    schema_bytes = head_bytes - HEAD_PREFIX_BYTES - _CHECKSUM_BYTES
+    footer_bytes = _FOOTER.size + _BLOCK.size * num_layers + schema_bytes
+    return len(_END_OF_STREAM) + footer_bytes + 4 + len(_MAGIC)
 
 
 def _schema_table(message: bytes) -> int:

@@ -21,7 +21,11 @@ CODECS = ("raw",)
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
 """Types of stored KV, and the numpy type they travel as (16-bit floats as bit patterns)."""
 
+INDEX_START = b'"index":['
+"""Where the index begins in the JSON of a header, and nowhere else: quotes inside of texts are escaped."""
+
 _FORMAT_VERSION = 1
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
 _POSITIONS_FREE = "free"  # keys are stored without rotary embedding: the chunk may stand at any position
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview | npt.NDArray[Any] | pa.Buffer"
@@ -93,7 +97,7 @@ class ChunkHeader:
 
 
 def header_to_json(header: ChunkHeader, index: Index) -> bytes:
-    """Header, layer index and checksums. The length does not depend on the checksums' values."""
+    """Header, layer index and checksums."""
     document = {
         "format": _FORMAT_VERSION,
         "layout": LAYOUT,
@@ -108,9 +112,14 @@ def header_to_json(header: ChunkHeader, index: Index) -> bytes:
         "dtype": header.dtype,
         "codec": header.codec,
         "layers": [(layer.num_kv_heads, layer.k_dim, layer.v_dim) for layer in header.layers],
-        "index": [(offset, length, f"{checksum:016x}") for offset, length, checksum in index],
     }
-    return json.dumps(document, separators=(",", ":")).encode("ascii")
+    return _dumps(document)[:-1].encode("ascii") + b"," + index_to_json(index) + b"}"
+
+
+def index_to_json(index: Index) -> bytes:
+    """The last entry in the JSON of a header. Its length does not depend on the checksums' values."""
+    entries = ",".join([f'[{offset},{length},"{checksum:016x}"]' for offset, length, checksum in index])
+    return INDEX_START + entries.encode("ascii") + b"]"
 
 
 def header_from_json(text: bytes) -> tuple[ChunkHeader, Index]:
@@ -120,27 +129,29 @@ def header_from_json(text: bytes) -> tuple[ChunkHeader, Index]:
         marker = (document["format"], document["layout"], document["positions"])
         if marker != (_FORMAT_VERSION, LAYOUT, _POSITIONS_FREE):
             raise CorruptChunk(f"written by another version: {marker}")
-        marks: list[tuple[object, object]] = document["marks"]
-        start, context_start = _integers([document["start"], document["context_start"]])
+        start, context_start, token_ids = (document[name] for name in ("start", "context_start", "token_ids"))
+        ends, keys = zip(*document["marks"], strict=True)
+        heads, k_dims, v_dims = zip(*document["layers"], strict=True)
+        offsets, lengths, checksums = zip(*document["index"], strict=True)
+        _check_integers([start, context_start, *token_ids, *ends, *heads, *k_dims, *v_dims, *offsets, *lengths])
         header = ChunkHeader(
             key=_text(document["key"]),
             parent=None if document["parent"] is None else _text(document["parent"]),
             root=_text(document["root"]),
             start=start,
             context_start=context_start,
-            token_ids=_integers(document["token_ids"]),
-            marks=tuple(zip(_integers([end for end, _ in marks]), [_text(key) for _, key in marks])),
+            token_ids=tuple(token_ids),
+            marks=tuple(zip(ends, map(_text, keys))),
             dtype=document["dtype"],
             codec=document["codec"],
-            layers=tuple(_shape(*_integers(layer)) for layer in document["layers"]),
+            layers=tuple(map(_shape, heads, k_dims, v_dims)),
         )
-        places = [_integers([offset, length]) for offset, length, _ in document["index"]]
-        checksums = [int(checksum, 16) for _, _, checksum in document["index"]]
+        index = tuple(zip(offsets, lengths, [int(checksum, 16) for checksum in checksums]))
     except CorruptChunk:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptChunk(f"not a chunk header: {error}") from error
-    return header, tuple((offset, length, checksum) for (offset, length), checksum in zip(places, checksums))
+    return header, index
 
 
 @lru_cache(maxsize=256)
@@ -148,10 +159,9 @@ def _shape(num_kv_heads: int, k_dim: int, v_dim: int) -> LayerShape:
     return LayerShape(num_kv_heads=num_kv_heads, k_dim=k_dim, v_dim=v_dim)
 
 
-def _integers(values: list[object]) -> tuple[int, ...]:
-    if not set(map(type, values)) <= {int} or min(values, default=0) < 0:  # type: ignore[type-var,operator]
+def _check_integers(values: list[Any]) -> None:
+    if set(map(type, values)) != {int} or min(values) < 0:
         raise TypeError("integers >= 0 expected")
-    return tuple(values)  # type: ignore[arg-type]
 
 
 def _text(value: object) -> str:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storage.format import (
@@ -22,9 +25,10 @@ from storage.format import (
     read_chunk,
     seal,
 )
-from storage.framing import build_head
+from storage.framing import build_head, build_tail, tail_bytes
 from storage.header import header_from_json, header_to_json
 from storage.keys import chain
+from storage.layout import Payload
 
 ROOT = "ab" * 32
 shapes = st.builds(LayerShape, num_kv_heads=st.integers(1, 5), k_dim=st.integers(1, 40), v_dim=st.integers(1, 40))
@@ -36,6 +40,12 @@ headers = st.builds(
     st.integers(0, 3),
 )
 
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.just(1 << 70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
 
 SMALL = (LayerShape(num_kv_heads=2, k_dim=4, v_dim=6),) * 3
 
@@ -177,6 +187,40 @@ class TestRoundTrip:
         assert np.array_equal(k, layers[0][0])
 
 
+class TestTheSameBytesAsEver:
+    """Chunks outlive the code that wrote them: what is cached or patched in place must not change a byte."""
+
+    def test_a_fixed_chunk(self):
+        header = make_header()
+        counting = [np.arange(2 * 5 * dim, dtype=np.float32).reshape(2, 5, dim) for dim in (4, 6)]
+        digest = hashlib.sha256(encode(header, [tuple(counting)] * 3)).hexdigest()
+        assert digest == "b501e3dca27d718c3f78d979a26660b1af88bada856e6a8d61f9050bf8bee172"
+
+    @given(header=headers)
+    @settings(max_examples=40, deadline=None)
+    def test_the_ends_are_those_built_in_one_piece(self, header):
+        assert_ends_are_plain(header)
+
+    @given(text=st.text())
+    @example(text='"index":[[0,1,"0000000000000000"]]')
+    @example(text='","index":[')
+    @settings(max_examples=40, deadline=None)
+    def test_whatever_its_texts_say(self, text):
+        header = make_header(chunk=1)
+        end, _ = header.marks[-1]
+        assert_ends_are_plain(
+            replace(header, key=text, parent=text, root=text, marks=(*header.marks[:-1], (end, text)))
+        )
+
+    @given(header=headers)
+    @settings(max_examples=40, deadline=None)
+    def test_the_length_of_a_tail_is_known_before_it_is_built(self, header):
+        payload = Payload.of(header)
+        head = build_head(header_to_json(header, payload.index))
+        tail = build_tail(head, payload.index, payload.frames)
+        assert tail_bytes(len(head), len(payload.frames)) == len(tail)
+
+
 class TestInPlace:
     @given(header=headers, dirt=st.integers(0, 255))
     @settings(max_examples=30, deadline=None)
@@ -291,18 +335,49 @@ class TestDamage:
             (b'"start":0', b'"start":0.0'),
             (b'"parent":null', b'"parent":7'),
             (b'"layers":[[2,4,6]', b'"layers":[[2,4.0,6]'),
+            (b'"layers":[[2,4,6]', b'"layers":[[2,4,6,6]'),
+            (b'"layers":[[2,4,6]', b'"layers":[[2,4]'),
+            (b'"layers":[[2,4,6]', b'"layers":[[true,4,6]'),
+            (b'"layers":[[2,4,6]', b'"layers":[[2,-4,6]'),
+            (b'"layers":[[2,4,6]', b'"layers":["246"'),
+            (b'"layers":[[2,4,6],', b'"layers":['),
+            (b'"token_ids":[0,1', b'"token_ids":[0,-1'),
+            (b'"token_ids":[0,1', b'"token_ids":[0,true'),
+            (b'"marks":[[1,', b'"marks":[[1.0,'),
+            (b'"marks":[[1,', b'"marks":[[1,1,'),
+            (b'"marks":[[1,"', b'"marks":[[1],["'),
+            (b'"marks":[[1,"', b'"marks":[[1,8],[3,"'),
+            (b'"index":[[0,', b'"index":[[0.0,'),
+            (b'"index":[[0,', b'"index":[[-0.0,'),
+            (b'"index":[[0,', b'"index":[[false,'),
+            (b'"index":[[0,', b'"index":[[0,0,'),
+            (b'"index":[[0,', b'"index":[['),
+            (b'"index":[', b'"index":[],"xedni":['),
+            (b'"index":[', b'"index":7,"xedni":['),
         ],
     )
     def test_a_well_signed_head_that_makes_no_sense(self, old, new):
         """Checksums keep accidents away; a writer of another version, or a wrong one, has good checksums."""
         header = make_header()
         data = encode(header, make_layers(header))
-        document = pa.ipc.read_schema(pa.py_buffer(data[8:])).metadata[b"reprise"]
+        document = stored_document(data)
         assert old in document
-        head_bytes = 16 + struct.unpack_from("<i", data, 12)[0]
-        forged = build_head(document.replace(old, new)) + data[head_bytes:].tobytes()
         with pytest.raises(CorruptChunk):
-            read_chunk(forged)
+            read_chunk(forged(data, document.replace(old, new)))
+
+    @given(data=st.data())
+    @settings(max_examples=200, deadline=None)
+    def test_a_well_signed_head_with_anything_in_it(self, data):
+        """Whatever stands in one place of the document: opening says CorruptChunk, or nothing; never another error."""
+        header = make_header()
+        encoded = encode(header, make_layers(header))
+        document = json.loads(stored_document(encoded))
+        holder, place = document, data.draw(st.sampled_from(sorted(document)))
+        while isinstance(holder[place], list) and data.draw(st.booleans()):
+            holder, place = holder[place], data.draw(st.integers(0, len(holder[place]) - 1))
+        holder[place] = data.draw(anything)
+        with suppress(CorruptChunk):
+            read_chunk(forged(encoded, json.dumps(document).encode()))
 
 
 class TestRanges:
@@ -407,6 +482,26 @@ class TestHeader:
         header = make_header(layers=(LayerShape(num_kv_heads=1 << 12, k_dim=1 << 18, v_dim=1),), num_tokens=2)
         with pytest.raises(ValueError, match="smaller chunks"):
             encoded_size(header)
+
+
+def stored_document(data):
+    return pa.ipc.read_schema(pa.py_buffer(data[8:])).metadata[b"reprise"]
+
+
+def forged(data, document):
+    """The chunk with another document in a head whose checksum is right."""
+    head_bytes = 16 + struct.unpack_from("<i", data, 12)[0]
+    return build_head(document) + data[head_bytes:].tobytes()
+
+
+def assert_ends_are_plain(header):
+    """Head and tail of the encoded chunk are what the plain path gives: built once, with every checksum known."""
+    data = encode(header, make_layers(header)).tobytes()
+    stored, index = header_from_json(stored_document(data))
+    head = build_head(header_to_json(header, index))
+    assert stored == header
+    assert data.startswith(head)
+    assert data.endswith(build_tail(head, index, Payload.of(header).frames))
 
 
 def recorded(data, reads):
