@@ -177,7 +177,7 @@ class ChunkReader:
         self._source = source
         self._start, self._head = _read_head(source)
         self.header, self._index = header_from_json(open_head(self._head))
-        payload = _checked_payload(self.header, self._index)
+        payload = _checked_payload(self.header, self._index, source.num_bytes)
         self._frames = payload.frames
         expected = total_bytes(self._head, payload)
         if source.num_bytes != expected:
@@ -240,8 +240,11 @@ def _read_head(source: RangeSource) -> tuple[Bytes, bytes]:
     return start, start[:num_bytes].tobytes()
 
 
-def _checked_payload(header: ChunkHeader, index: Index) -> Payload:
-    """What follows from the shapes; CorruptChunk if the index does not agree with it."""
+def _checked_payload(header: ChunkHeader, index: Index, num_bytes: int) -> Payload:
+    """What follows from the shapes; CorruptChunk if the index, or the source's length, does not agree with it."""
+    channels = sum(shape.num_kv_heads * (shape.k_dim + shape.v_dim) for shape in header.layers)
+    if channels * header.num_tokens * header.numpy_dtype.itemsize > num_bytes:  # before anything is made for them
+        raise CorruptChunk(f"{num_bytes} bytes are too few for the layers of chunk {header.key}")
     try:
         payload = Payload.of(header)
     except ValueError as error:

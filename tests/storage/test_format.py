@@ -323,6 +323,7 @@ class TestDamage:
             (b'"dtype":"float32"', b'"dtype":"float64"'),
             (b'"layers":[[2,4,6]', b'"layers":[[2,4,7]'),
             (b'"layers":[[2,4,6]', b'"layers":[[2147483647,2147483647,6]'),
+            (b'"layers":[[2,4,6]', b'"layers":[[268435456,1,1]'),
             (b'"layers":[[2,4,6]', b'"layers":[[0,4,6]'),
             (b'"layers":[[2,4,6]', b'"layers":[["a",4,6]'),
             (b'"index":[[0,', b'"index":[[64,'),
