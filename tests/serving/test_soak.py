@@ -118,12 +118,15 @@ def test_a_crowd_leaves_nothing_behind(busy):
     assert set(outcomes) <= {"200", "429", "left"}
     assert outcomes["200"] > outcomes["429"] / 10
 
-    def settled() -> bool:
+    def in_use() -> dict[str, int]:
         stats = busy.cluster.scheduler_stats()
-        in_use = any(stats[name] for name in ("turns_running", "turns_waiting", "leases", "offers_pending"))
-        return not in_use and busy.service.num_running == 0  # who left last may still be taken leave of
+        left = {name: int(stats[name]) for name in ("turns_running", "turns_waiting", "leases", "offers_pending")}
+        return {name: n for name, n in {**left, "requests": busy.service.num_running}.items() if n}
 
-    wait_until(settled)
+    try:
+        wait_until(lambda: not in_use())  # who left last may still be taken leave of
+    except AssertionError:
+        raise AssertionError(f"still in use: {in_use()}") from None
 
     def at_rest() -> bool:
         (replica,) = busy.cluster.replica_stats()
