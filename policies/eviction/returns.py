@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from heapq import merge
 from itertools import chain, islice, pairwise
 from math import log2
@@ -23,14 +24,33 @@ SEGMENTS = (512, 2048)  # tokens before the end of a prompt
 MAX_PREFIXES = 200_000  # marks whose last prompt is remembered
 
 
+class Standing(IntEnum):
+    """What a stretch of a prompt is to the prompts before it."""
+
+    FRESH = 0  # nothing of the prompt was known
+    KEPT = 1  # known, of a conversation that goes on
+    ADDED = 2  # what such a prompt adds
+    SHARED = 3  # known, and then the prompt goes its own way: a document, an instruction
+    OWN = 4  # what it has for itself: a question
+
+
 def bucket_of(count: int) -> int:
     """1, 2, 3, 4-6, 7-14, more: how often a conversation or a shared text has come back."""
     return count if count < 4 else 4 if count < 7 else 5 if count < 15 else 6
 
 
-def features_of(count: int, answer_tokens: int, from_end: int) -> Features:
-    """How often it came back, the length of the last answer by powers of four, how far it is from the prompt's end."""
-    return (bucket_of(count), answer_tokens.bit_length() // 2, segment_of(from_end))
+def features_of(count: int, answer_tokens: int, from_end: int, standing: Standing = Standing.FRESH) -> Features:
+    """How often it came back, the length of the last answer by powers of four, how far it is from the prompt's end.
+
+    The first and the last are told apart by standing: the third turn of a chat is no third question about a document.
+    """
+    num_standings = len(Standing)
+    segment = segment_of(from_end)
+    return (
+        bucket_of(count) * num_standings + standing,
+        answer_tokens.bit_length() // 2,
+        segment * num_standings + standing,
+    )
 
 
 def segment_of(from_end: int) -> int:
@@ -47,58 +67,107 @@ class _Part:
     silence: Silence
 
 
+@dataclass(slots=True, eq=False)
+class _Visit:
+    """A prompt that ran, and what is known of it."""
+
+    turn: int
+    answer_tokens: int
+    num_tokens: int
+    known_end: int = 0  # up to here it had been seen before
+    goes_on: bool = False  # from that earlier prompt and its answer
+    parts: Sequence[_Part] = ()
+
+    def features(self, end: int, num_uses: int) -> Features:
+        """Of what ends there and was in so many prompts."""
+        count, end = max(self.turn, num_uses), min(end, self.num_tokens)
+        return features_of(count, self.answer_tokens, self.num_tokens - end, self._standing(end))
+
+    def _standing(self, end: int) -> Standing:
+        if not self.known_end:
+            return Standing.FRESH
+        if end <= self.known_end:
+            return Standing.KEPT if self.goes_on else Standing.SHARED
+        return Standing.ADDED if self.goes_on else Standing.OWN
+
+
 class Experience:
     """Watches prompts come and end, and teaches a ReturnModel. Works on marks alone, stored or not."""
 
     def __init__(self, model: ReturnModel) -> None:
         self._model = model
-        # By mark: the parts of the prompt that brought it or was the last to match just up to it (what was known,
-        # what was new), and how many prompts did either.
-        self._seen: OrderedDict[ChunkKey, tuple[list[_Part], int]] = OrderedDict()
+        self._seen: OrderedDict[ChunkKey, tuple[_Visit, int]] = (
+            OrderedDict()
+        )  # the last prompt with it, how many had it
 
     def note_prompt(self, prompt: Sequence[Mark], now: float) -> None:
         """The silence of what it begins with is over."""
-        known = self._last_known(prompt)
-        if known is not None:
-            before, _ = self._seen[known.key]
-            for part in before:
-                share = (known.end - part.start) / max(1, part.end - part.start)
-                if share > 0.0:
-                    self._model.end(part.silence, now, min(1.0, share))
+        for visit, start, end in self._last_visits(prompt):
+            for part in visit.parts:
+                overlap = min(part.end, end) - max(part.start, start)
+                if overlap > 0:
+                    self._model.end(part.silence, now, overlap / (part.end - part.start))
         self._model.advance(now)
 
     def note_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
         """The turn has ended: all its marks fall silent."""
         if not prompt:
             return
-        known = self._last_known(prompt)
-        num_uses = self._seen[known.key][1] + 1 if known is not None else 0
-        parts = self._parts_of(prompt, known, max(turn, num_uses), max(turn, 1), answer_tokens, now)
-        if known is not None:
-            self._seen[known.key] = (parts, num_uses)
-        for mark in prompt:  # before the last known one, too, there may be new places where this prompt was cut
-            self._seen.setdefault(mark.key, (parts, 1))
+        visit, num_uses = self._visit_of(prompt, max(turn, 1), answer_tokens)
+        visit.parts = self._parts_of(visit, prompt, num_uses, now)
+        entry = (visit, 1)
         for mark in reversed(prompt):  # forgotten first is what extends it, never a prefix of what is remembered
+            old = self._seen.get(mark.key)
+            num_uses = old[1] + 1 if old is not None else 1
+            if num_uses != entry[1]:
+                entry = (visit, num_uses)
+            self._seen[mark.key] = entry
             self._seen.move_to_end(mark.key)
         while len(self._seen) > MAX_PREFIXES:
             self._seen.popitem(last=False)
 
-    def _parts_of(
-        self, prompt: Sequence[Mark], known: Mark | None, known_count: int, count: int, answer_tokens: int, now: float
-    ) -> list[_Part]:
+    def features(self, chunk: ChunkFacts) -> Features:
+        """Of a chunk by the last prompt that went through it; by the chunk's own facts if that is not known."""
+        visit, num_uses = self._seen.get(chunk.key, (None, chunk.num_uses))
+        if visit is None:
+            goes_on = chunk.turn > 1
+            visit = _Visit(chunk.turn, chunk.answer_tokens, chunk.prompt_tokens, int(goes_on), goes_on)
+        return visit.features(chunk.end, num_uses)
+
+    def _last_visits(self, prompt: Sequence[Mark]) -> Iterator[tuple[_Visit, int, int]]:
+        """Who was last at [start, end), stretch by stretch, from the end of what is known to the beginning."""
+        visit, end = None, 0
+        for mark in reversed(prompt):
+            last, _ = self._seen.get(mark.key, (None, 0))
+            if last is None or last is visit:  # where no earlier prompt was cut nothing is known, but may be before it
+                continue
+            if visit is not None:
+                yield visit, mark.end, end
+            visit, end = last, mark.end
+        if visit is not None:
+            yield visit, 0, end
+
+    def _visit_of(self, prompt: Sequence[Mark], turn: int, answer_tokens: int) -> tuple[_Visit, int]:
+        """The visit, still without parts, and how many prompts now had what of it was known."""
+        visit = _Visit(turn, answer_tokens, prompt[-1].end)
+        known = next((mark for mark in reversed(prompt) if mark.key in self._seen), None)
+        if known is None:
+            return visit, 1
+        before, num_uses = self._seen[known.key]
+        visit.known_end = known.end
+        visit.goes_on = visit.num_tokens >= before.num_tokens + max(1, before.answer_tokens)
+        return visit, num_uses + 1
+
+    def _parts_of(self, visit: _Visit, prompt: Sequence[Mark], num_uses: int, now: float) -> list[_Part]:
         """Each begins its silence now. Weights are equal: a question of one chunk teaches as much as its document."""
-        num_tokens, known_end = prompt[-1].end, known.end if known is not None else 0
+        known_end, num_tokens = visit.known_end, visit.num_tokens
         cuts = [max(known_end, _end_before(prompt, num_tokens - bound)) for bound in reversed(SEGMENTS)]
         stretches = [(start, end) for start, end in pairwise((0, known_end, *cuts, num_tokens)) if end > start]
         parts = []
         for start, end in stretches:
-            features = features_of(known_count if end == known_end else count, answer_tokens, num_tokens - end)
+            features = visit.features(end, num_uses if end <= known_end else 1)
             parts.append(_Part(start, end, self._model.begin(now, features, 1.0 / len(stretches))))
         return parts
-
-    def _last_known(self, prompt: Sequence[Mark]) -> Mark | None:
-        """The longest beginning of it that was seen before."""
-        return next((mark for mark in reversed(prompt) if mark.key in self._seen), None)
 
 
 def _end_before(prompt: Sequence[Mark], limit: int) -> int:
@@ -140,9 +209,7 @@ class Returns:
             order = self._needed.setdefault(place, SortedKeys())
             rank: tuple[Any, ...] = (from_the_tail(chunk.next_use), -chunk.start, chunk.key)
         else:
-            from_end = max(0, chunk.prompt_tokens - chunk.end)
-            features = features_of(max(chunk.turn, chunk.num_uses), chunk.answer_tokens, from_end)
-            factor = self._model.factor(features)
+            factor = self._model.factor(self._experience.features(chunk))
             step = round(STEPS_PER_OCTAVE * log2(factor))
             order = self._silent.setdefault(place, {}).setdefault(step, SortedKeys())
             rank = (chunk.last_used, -chunk.start, chunk.key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from heapq import heapify, heapreplace
 from math import exp, isfinite
 from random import Random
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.eviction import EvictionPolicy, Lru, Returns, returns
-from policies.eviction.returns import Experience, features_of
+from policies.eviction.returns import Experience, Standing, features_of
 from policies.messages import Mark
 from policies.returns import ENDS, NUM_INTERVALS, STARTS, Features, ReturnModel, Silence
 from policies.simulator.replay import Level, replay
@@ -152,8 +153,48 @@ def test_a_prompt_may_be_cut_where_an_earlier_one_was_not() -> None:
     assert sum(model.back) > 1.0
 
 
+@settings(max_examples=100, deadline=None)
+@given(prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=30))
+def test_what_comes_back_is_the_last_silence_of_every_token(prompts: list[list[int]]) -> None:
+    """Against a table by token, which knows nothing of stretches."""
+    model = Notes()
+    experience = Experience(model)
+    share_of: dict[str, float] = {}  # by prefix: what its last token weighs
+    for number, path in enumerate(prompts):
+        keys = ["".join(map(str, path[:end])) for end in range(1, len(path) + 1)]
+        prompt, num_known = prompt_of(*keys), sum(key in share_of for key in keys)
+        model.back.clear()
+        experience.note_prompt(prompt, float(number))
+        assert sum(model.back) == pytest.approx(sum(share_of.get(key, 0.0) for key in keys))
+        experience.note_answer(prompt, 1, 10, float(number))
+        stretches = [stretch for stretch in (keys[:num_known], keys[num_known:]) if stretch]
+        for stretch in stretches:
+            share_of.update(dict.fromkeys(stretch, 1.0 / len(stretches) / len(stretch)))
+
+
+def test_the_next_turn_is_told_from_another_question() -> None:
+    """A prompt that is longer by the last answer goes on from it; one that is not shares its beginning with it."""
+    experience = Experience(ReturnModel(num_features=3))
+    experience.note_answer(prompt_of("a", "b"), 1, 2, 0.0)
+    assert experience.features(Facts("b", end=2)) == features_of(1, 2, 0, Standing.FRESH)
+    experience.note_answer(prompt_of("a", "b", "answer", "c"), 2, 1, 1.0)
+    assert experience.features(Facts("b", end=2)) == features_of(2, 1, 2, Standing.KEPT)
+    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.ADDED)
+    experience.note_answer(prompt_of("a", "b", "question"), 1, 1, 2.0)
+    assert experience.features(Facts("b", end=2)) == features_of(3, 1, 1, Standing.SHARED)
+    assert experience.features(Facts("question", end=3)) == features_of(1, 1, 0, Standing.OWN)
+    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.ADDED), "as before"
+
+
+def test_a_chunk_that_no_prompt_named_is_known_by_its_facts() -> None:
+    experience = Experience(ReturnModel(num_features=3))
+    facts = Facts("answer", end=4, turn=3, prompt_tokens=2, answer_tokens=2)
+    assert experience.features(facts) == features_of(3, 2, 0, Standing.ADDED)
+    assert experience.features(replace(facts, turn=1)) == features_of(1, 2, 0, Standing.FRESH)
+
+
 def test_the_question_behind_a_document_is_told_apart() -> None:
-    """Only what stands before the last 512 tokens ever comes back."""
+    """Every document comes back once, with another question."""
     model = ReturnModel(num_features=3)
     experience = Experience(model)
     for number in range(600):
@@ -161,8 +202,8 @@ def test_the_question_behind_a_document_is_told_apart() -> None:
         prompt = prompt_of(*document, f"question {number}", size=500)
         experience.note_prompt(prompt, 10.0 * number)
         experience.note_answer(prompt, 1, 10, 10.0 * number + 1.0)
-    head, tail = (model.factor(features_of(1, 10, from_end)) for from_end in (3000, 0))
-    assert head > 3 * tail
+    document_factor = model.factor(features_of(1, 10, 3000, Standing.FRESH))
+    assert document_factor > 3 * model.factor(features_of(1, 10, 0, Standing.OWN))
 
 
 class TestReturns(EvictionContract):
