@@ -21,6 +21,7 @@ from policies.places import Place
 from policies.returns import STEPS_PER_OCTAVE, Features, ReturnModel, Silence
 
 SEGMENTS = (512, 2048)  # tokens before the end of a prompt
+PRIOR = 8.0  # prompts' worth of doubt about a factor: there are many
 MAX_PREFIXES = 200_000  # marks whose last prompt is remembered
 
 
@@ -42,15 +43,10 @@ def bucket_of(count: int) -> int:
 def features_of(count: int, answer_tokens: int, from_end: int, standing: Standing = Standing.FRESH) -> Features:
     """How often it came back, the length of the last answer by powers of four, how far it is from the prompt's end.
 
-    The first and the last are told apart by standing: the third turn of a chat is no third question about a document.
+    All are told apart by standing: the third turn of a chat is no third question about a document.
     """
-    num_standings = len(Standing)
-    segment = segment_of(from_end)
-    return (
-        bucket_of(count) * num_standings + standing,
-        answer_tokens.bit_length() // 2,
-        segment * num_standings + standing,
-    )
+    values = (bucket_of(count), answer_tokens.bit_length() // 2, segment_of(from_end))
+    return tuple(value * len(Standing) + standing for value in values)
 
 
 def segment_of(from_end: int) -> int:
@@ -186,7 +182,7 @@ class Returns:
     """
 
     def __init__(self) -> None:
-        self._model = ReturnModel(num_features=3)
+        self._model = ReturnModel(num_features=3, prior=PRIOR)
         self._experience = Experience(self._model)
         self._silent: dict[Place, dict[int, SortedKeys[tuple[Any, ...]]]] = {}  # by step of the factor, oldest first
         self._needed: dict[Place, SortedKeys[tuple[Any, ...]]] = {}
