@@ -28,11 +28,9 @@ MAX_PREFIXES = 200_000  # marks whose last prompt is remembered
 class Standing(IntEnum):
     """What a stretch of a prompt is to the prompts before it."""
 
-    FRESH = 0  # nothing of the prompt was known
-    KEPT = 1  # known, of a conversation that goes on
-    ADDED = 2  # what such a prompt adds
-    SHARED = 3  # known, and then the prompt goes its own way: a document, an instruction
-    OWN = 4  # what it has for itself: a question
+    TALK = 0  # of a conversation that begins, or goes on from its last answer
+    SHARED = 1  # known, and then the prompt goes its own way: a document, an instruction
+    OWN = 2  # what such a prompt has for itself: a question
 
 
 def bucket_of(count: int) -> int:
@@ -40,13 +38,13 @@ def bucket_of(count: int) -> int:
     return count if count < 4 else 4 if count < 7 else 5 if count < 15 else 6
 
 
-def features_of(count: int, answer_tokens: int, from_end: int, standing: Standing = Standing.FRESH) -> Features:
+def features_of(count: int, answer_tokens: int, from_end: int, standing: Standing = Standing.TALK) -> Features:
     """How often it came back, the length of the last answer by powers of four, how far it is from the prompt's end.
 
-    All are told apart by standing: the third turn of a chat is no third question about a document.
+    The first two are told apart by standing: the third turn of a chat is no third question about a document.
     """
-    values = (bucket_of(count), answer_tokens.bit_length() // 2, segment_of(from_end))
-    return tuple(value * len(Standing) + standing for value in values)
+    count_level, answer_level = bucket_of(count), answer_tokens.bit_length() // 2
+    return count_level * len(Standing) + standing, answer_level * len(Standing) + standing, segment_of(from_end)
 
 
 def segment_of(from_end: int) -> int:
@@ -80,11 +78,9 @@ class _Visit:
         return features_of(count, self.answer_tokens, self.num_tokens - end, self._standing(end))
 
     def _standing(self, end: int) -> Standing:
-        if not self.known_end:
-            return Standing.FRESH
-        if end <= self.known_end:
-            return Standing.KEPT if self.goes_on else Standing.SHARED
-        return Standing.ADDED if self.goes_on else Standing.OWN
+        if not self.known_end or self.goes_on:
+            return Standing.TALK
+        return Standing.SHARED if end <= self.known_end else Standing.OWN
 
 
 class Experience:
@@ -126,8 +122,7 @@ class Experience:
         """Of a chunk by the last prompt that went through it; by the chunk's own facts if that is not known."""
         visit, num_uses = self._seen.get(chunk.key, (None, chunk.num_uses))
         if visit is None:
-            goes_on = chunk.turn > 1
-            visit = _Visit(chunk.turn, chunk.answer_tokens, chunk.prompt_tokens, int(goes_on), goes_on)
+            visit = _Visit(chunk.turn, chunk.answer_tokens, chunk.prompt_tokens)
         return visit.features(chunk.end, num_uses)
 
     def _last_visits(self, prompt: Sequence[Mark]) -> Iterator[tuple[_Visit, int, int]]:

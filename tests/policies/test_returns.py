@@ -176,21 +176,21 @@ def test_the_next_turn_is_told_from_another_question() -> None:
     """A prompt that is longer by the last answer goes on from it; one that is not shares its beginning with it."""
     experience = Experience(ReturnModel(num_features=3))
     experience.note_answer(prompt_of("a", "b"), 1, 2, 0.0)
-    assert experience.features(Facts("b", end=2)) == features_of(1, 2, 0, Standing.FRESH)
+    assert experience.features(Facts("b", end=2)) == features_of(1, 2, 0, Standing.TALK)
     experience.note_answer(prompt_of("a", "b", "answer", "c"), 2, 1, 1.0)
-    assert experience.features(Facts("b", end=2)) == features_of(2, 1, 2, Standing.KEPT)
-    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.ADDED)
+    assert experience.features(Facts("b", end=2)) == features_of(2, 1, 2, Standing.TALK)
+    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.TALK)
     experience.note_answer(prompt_of("a", "b", "question"), 1, 1, 2.0)
     assert experience.features(Facts("b", end=2)) == features_of(3, 1, 1, Standing.SHARED)
     assert experience.features(Facts("question", end=3)) == features_of(1, 1, 0, Standing.OWN)
-    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.ADDED), "as before"
+    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.TALK), "as before"
 
 
 def test_a_chunk_that_no_prompt_named_is_known_by_its_facts() -> None:
     experience = Experience(ReturnModel(num_features=3))
     facts = Facts("answer", end=4, turn=3, prompt_tokens=2, answer_tokens=2)
-    assert experience.features(facts) == features_of(3, 2, 0, Standing.ADDED)
-    assert experience.features(replace(facts, turn=1)) == features_of(1, 2, 0, Standing.FRESH)
+    assert experience.features(facts) == features_of(3, 2, 0, Standing.TALK)
+    assert experience.features(replace(facts, turn=1)) == features_of(1, 2, 0, Standing.TALK)
 
 
 def test_the_question_behind_a_document_is_told_apart() -> None:
@@ -202,7 +202,7 @@ def test_the_question_behind_a_document_is_told_apart() -> None:
         prompt = prompt_of(*document, f"question {number}", size=500)
         experience.note_prompt(prompt, 10.0 * number)
         experience.note_answer(prompt, 1, 10, 10.0 * number + 1.0)
-    document_factor = model.factor(features_of(1, 10, 3000, Standing.FRESH))
+    document_factor = model.factor(features_of(1, 10, 3000, Standing.TALK))
     assert document_factor > 3 * model.factor(features_of(1, 10, 0, Standing.OWN))
 
 
