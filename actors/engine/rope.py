@@ -157,7 +157,7 @@ class Rotation:
         return out
 
     def rotate_into(self, out: Tensor, x: Tensor, phases: Tensor) -> None:
-        """Like `rotate`, into `out` [T, H, D]: of x's type, any strides (a slice of the pool), apart from x or x itself.
+        """Like `rotate`, into `out` [T, H, D]: of x's type, any strides (a slice of the pool), x or apart from it.
 
         The arithmetic is float32. The result of one element does not depend on the shape or strides it was computed
         with or on the number of threads: a key that is loaded and rotated has the same bits as one that was rotated
