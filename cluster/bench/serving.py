@@ -142,7 +142,6 @@ async def _returning_turns(
                     samples[way].append(ttft_s)
                     cached[way].append(num_cached)
             alone = alone or stack.enter_context(_engine_alone(options, num_tokens, num_cached))
-            await asyncio.sleep(THINK_S)  # until the deployment rests
             seconds = alone()
             if turn >= WARM_UPS:
                 samples["engine"].append(seconds)
@@ -230,8 +229,8 @@ async def _floor(http: httpx.AsyncClient, count: int) -> list[float]:
 
 @contextmanager
 def _engine_alone(options: BenchOptions, num_tokens: int, num_cached: int) -> Iterator[Callable[[], float]]:
-    """Runs a turn of that size in an engine of this process, as `bench ttft` does (history, in chunks, in HBM): its
-    TTFT."""
+    """Runs a turn of that size in an engine of this process, as `bench ttft` does (history, in chunks, in HBM), after
+    the same pause: its TTFT."""
     loaded = LoadedModel.load(options.model, dtype=options.computed_dtype, device=options.computed_device)
     chunk = 32 if options.quick else 128
     new = max(1, num_tokens - num_cached)
@@ -240,6 +239,7 @@ def _engine_alone(options: BenchOptions, num_tokens: int, num_cached: int) -> It
 
     def once() -> float:
         bench.warm_hbm()
+        time.sleep(THINK_S)
         return bench.run((*bench.history, *bench.tokens(new))).ttft_s
 
     try:

@@ -179,7 +179,7 @@ def _add_score(commands: Any) -> None:
     parser.add_argument("--level", choices=("auto", "block", "session"), default="auto", help="auto: all that fit")
     parser.add_argument("--limit", type=int, help="only the first N records of each file")
     parser.add_argument("--eviction", action="append", default=[], help="in place of the default policy; also several")
-    parser.add_argument("--timed-turns", type=int, default=2000, help="turns of the timed runs, 0 for none (2000)")
+    parser.add_argument("--timed-turns", type=int, default=500, help="turns of the timed runs, 0 for none (500)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     _add_setup(parser)
     parser.add_argument("--strict", action="store_true", help="the first fault of a policy ends its run")
