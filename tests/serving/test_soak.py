@@ -128,10 +128,14 @@ def test_a_crowd_leaves_nothing_behind(busy):
     except AssertionError:
         raise AssertionError(f"still in use: {in_use()}") from None
 
-    def at_rest() -> bool:
+    def held() -> dict[str, float]:
         (replica,) = busy.cluster.replica_stats()
-        turns = replica["turns_running"] + replica["turns_queued"] + replica["turns_restoring"]
-        return not turns and replica["blocks_free"] + replica["blocks_kept"] == replica["blocks"]
+        turns = {name: replica[name] for name in ("turns_running", "turns_queued", "turns_restoring")}
+        blocks = replica["blocks"] - replica["blocks_free"] - replica["blocks_kept"]
+        return {name: n for name, n in {**turns, "blocks": blocks, "saves": replica["saves_running"]}.items() if n}
 
-    wait_until(at_rest)
+    try:
+        wait_until(lambda: not held())
+    except AssertionError:
+        raise AssertionError(f"the engine still holds {held()}") from None
     assert memory_of(busy) < MAX_GROWTH * early
