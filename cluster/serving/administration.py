@@ -17,7 +17,6 @@ from cluster.serving.recollection import Recollection
 from cluster.serving.sessions import Session, SessionBook, scheduler_session
 from policies import messages as m
 from policies.inspection import ChunkView, WaitingView
-from policies.messages import Mark
 
 ADVICE_S = 30.0
 """A session that was expected and does not speak for so long is expected no more."""
@@ -136,33 +135,33 @@ class Administration:
 
     # --- prefixes and tenants -----------------------------------------------------------------------------------------
 
-    async def own_prefix(self, scope: str, session_id: str) -> Mark:
+    async def own_prefix(self, scope: str, session_id: str) -> m.Mark:
         """What is the session's alone."""
         session = await self._get(scope, session_id)
-        return self._require(session.first_own_mark, session_id)
+        return self._require(session.first_own_mark, f"the session {session_id!r} has nothing of its own yet")
 
-    async def shared_prefix(self, scope: str, session_id: str) -> Mark:
+    async def shared_prefix(self, scope: str, session_id: str) -> m.Mark:
         """What every conversation with this one's system prompt begins with."""
         session = await self._get(scope, session_id)
-        return self._require(session.shared_mark, session_id)
+        words = f"nothing that the session {session_id!r} begins with is shared: its system prompt is too short"
+        return self._require(session.shared_mark, words)
 
     @staticmethod
-    def _require(mark: Mark | None, session_id: str) -> Mark:
+    def _require(mark: m.Mark | None, words: str) -> m.Mark:
         if mark is None:
-            words = f"nothing that the session {session_id!r} begins with is shared: its system prompt is too short"
             raise ApiError(404, words, code="prefix_not_found")
         return mark
 
-    async def set_lifetime(self, prefix: Mark, seconds: float | None) -> None:
+    async def set_lifetime(self, prefix: m.Mark, seconds: float | None) -> None:
         await self._tell(self._prefixes.live(prefix, seconds))
 
-    async def pin_prefix(self, prefix: Mark, seconds: float) -> None:
+    async def pin_prefix(self, prefix: m.Mark, seconds: float) -> None:
         await self._tell(self._prefixes.pin(prefix, min(seconds, MAX_PIN_S)))
 
-    async def expire_prefix(self, prefix: Mark) -> None:
+    async def expire_prefix(self, prefix: m.Mark) -> None:
         await self._tell(self._prefixes.expire(prefix))
 
-    async def delete_prefix(self, prefix: Mark) -> None:
+    async def delete_prefix(self, prefix: m.Mark) -> None:
         """Its KV; conversations that began with it are known as before, and computed anew."""
         await self._tell(self._prefixes.delete(prefix, REFUSE_S))
 
