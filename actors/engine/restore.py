@@ -14,7 +14,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from actors.engine.load import Load, LoadRates, RestoreJob, restored
 from actors.engine.overlap import LoadOrder
+from actors.engine.pending import Pending
 from actors.engine.sequence import Piece
 from actors.engine.transfer import KV, Fence, LayerPart, TokenRows, Transfer
 from storage.format import ChunkHeader, ChunkReader, CorruptChunk, LayerShape
@@ -56,14 +57,14 @@ class Loader:
         self._executor = ThreadPoolExecutor(
             max_workers=num_threads, thread_name_prefix="loader", initializer=torch.set_num_threads, initargs=(1,)
         )
-        self._running: list[tuple[Load, Future[None]]] = []
+        self._running = Pending[Load]()
 
     def submit(self, job: RestoreJob) -> Load:
         """Starts a restore. Its blocks and its slot are held until `settled` names it; what the model has queued until
         now may still use them."""
         load = Load(job, len(self._layers), self._wake)
         future = self._executor.submit(self._restore, load, self._transfer.computed())
-        self._running.append((load, future))
+        self._running.add(load, future)
         future.add_done_callback(lambda _: self._wake())
         return load
 
@@ -74,9 +75,7 @@ class Loader:
 
     def settled(self) -> list[Load]:
         """Loads whose thread has let go of everything since the last call, the abandoned ones too."""
-        done = [load for load, future in self._running if future.done()]
-        self._running = [(load, future) for load, future in self._running if not future.done()]
-        return done
+        return [load for load, _ in self._running.take_done()]
 
     def close(self) -> None:
         for load, _ in self._running:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from actors.engine.pending import Pending
 from actors.engine.sequence import ChunkSpan
 from actors.engine.transfer import Fence, Transfer
 from actors.engine.turns import ReadyChunk
@@ -199,7 +200,7 @@ class Saver:
         self._transfer, self._ready = transfer, ready
         self._layers, self._dtype_name, self._wake = layers, dtype_name, wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
-        self._running: list[tuple[SaveJob, Future[Bytes]]] = []
+        self._running = Pending[SaveJob]()
 
     def submit(self, job: SaveJob) -> None:
         """Announces the chunk and encodes it in the background."""
@@ -216,7 +217,7 @@ class Saver:
         layout = Layout.of(header)
         future = self._executor.submit(self._save, job, layout, self._transfer.computed())
         self._ready.announce(ReadyChunk(turn_id=job.turn_id, header=header, num_bytes=layout.num_bytes), future)
-        self._running.append((job, future))
+        self._running.add(job, future)
         future.add_done_callback(lambda _: self._wake())
 
     @property
@@ -225,8 +226,7 @@ class Saver:
 
     def settled(self) -> list[SaveJob]:
         """Jobs that are over since the last call: what they held may go. A failed one has left a line in the log."""
-        done = [(job, future) for job, future in self._running if future.done()]
-        self._running = [(job, future) for job, future in self._running if not future.done()]
+        done = self._running.take_done()
         for job, future in done:
             error = future.exception()
             if error is not None:

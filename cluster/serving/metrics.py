@@ -204,6 +204,7 @@ _REPLICA: dict[str, tuple[str, dict[str, str], str]] = {
     "slots": ("write_buffer_slots", {}, "Slots for chunks on their way out of HBM."),
     "slots_free": ("write_buffer_slots_free", {}, "Free slots for chunks on their way out of HBM."),
     "saves_running": ("write_buffer_saves", {}, "Chunks being copied out of HBM."),
+    "loads_running": ("restores", {}, "Loads into HBM under way, those of turns that left included."),
     "ready_chunks": ("write_buffer_ready_chunks", {}, "Chunks out of HBM that wait for their store."),
     "ready_bytes": ("write_buffer_ready_bytes", {}, "Bytes of chunks that wait for their store."),
     "ready_dropped": ("write_buffer_dropped_total", {}, "Chunks given up because their store did not come."),
@@ -282,13 +283,13 @@ def _add_replica(families: _Families, stats: Mapping[str, Any]) -> None:
         elif key.startswith("load_bytes_per_s_"):
             place = key.removeprefix("load_bytes_per_s_")
             families.add(*_LOAD_RATE, value, {**here, "place": place})
-    num_free, num_kept = stats["blocks_free"], stats["blocks_kept"]
-    blocks = {"free": num_free, "kept": num_kept, "held": stats["blocks"] - num_free - num_kept}
-    for state, value in blocks.items():
-        words = "Blocks of the KV pool: free, kept by finished turns, held by running ones."
+    blocks = {state: stats[f"blocks_{state}"] for state in ("free", "kept", "pending")}
+    num_used = stats["blocks"] - blocks["free"] - blocks["kept"]
+    for state, value in {**blocks, "held": num_used - blocks["pending"]}.items():
+        words = "Blocks of the KV pool: free, kept by finished turns, held by running ones, pending on a load or save."
         families.add("hbm_blocks", words, value, {**here, "state": state})
-    words = "Share of the KV pool that running turns hold (0 to 1)."
-    families.add("kv_cache_usage_perc", words, blocks["held"] / max(1, stats["blocks"]), here)
+    words = "Share of the KV pool that running turns, loads and saves hold (0 to 1)."
+    families.add("kv_cache_usage_perc", words, num_used / max(1, stats["blocks"]), here)
 
 
 class _Given(Collector):

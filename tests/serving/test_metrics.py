@@ -80,12 +80,13 @@ ENGINE_KEYS = [
     "slots",
     "slots_free",
     "saves_running",
+    "loads_running",
     "turns_not_saved",
     "ready_chunks",
     "ready_bytes",
     "ready_dropped",
 ]
-BLOCK_KEYS = {"blocks", "blocks_free", "blocks_kept"}
+BLOCK_KEYS = {"blocks", "blocks_free", "blocks_kept", "blocks_pending"}
 
 
 def replica_stats(replica_id: str) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def replica_stats(replica_id: str) -> dict[str, Any]:
         "blocks": 40,
         "blocks_free": 10,
         "blocks_kept": 20,
+        "blocks_pending": 4,
         "load_bytes_per_s_dram": 5e9,
     }
 
@@ -275,8 +277,9 @@ def test_every_figure_of_an_engine_is_shown(small_model: Path) -> None:
 
 def test_blocks_of_the_kv_pool_add_up() -> None:
     text = exposition()
-    states = {state: value(text, "hbm_blocks", replica="replica-0", state=state) for state in ("free", "kept", "held")}
-    assert states == {"free": 10, "kept": 20, "held": 10}
+    states = ("free", "kept", "held", "pending")
+    shown = {state: value(text, "hbm_blocks", replica="replica-0", state=state) for state in states}
+    assert shown == {"free": 10, "kept": 20, "held": 6, "pending": 4}
     assert value(text, "kv_cache_usage_perc", replica="replica-0") == 0.25
 
 

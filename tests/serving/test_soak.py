@@ -132,7 +132,8 @@ def test_a_crowd_leaves_nothing_behind(busy):
         (replica,) = busy.cluster.replica_stats()
         turns = {name: replica[name] for name in ("turns_running", "turns_queued", "turns_restoring")}
         blocks = replica["blocks"] - replica["blocks_free"] - replica["blocks_kept"]
-        return {name: n for name, n in {**turns, "blocks": blocks, "saves": replica["saves_running"]}.items() if n}
+        helpers = {name: replica[name] for name in ("blocks_pending", "loads_running", "saves_running")}
+        return {name: n for name, n in {**turns, **helpers, "blocks": blocks}.items() if n}
 
     try:
         wait_until(lambda: not held())
