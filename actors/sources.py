@@ -5,7 +5,7 @@ Opens nothing itself: the engine's loader does, when it comes to a chunk, after 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,25 +26,24 @@ def restore_sources(
     deadline_s: float,
 ) -> tuple[RestoreSource, ...]:
     """One source per step. `refs` has an object reference for every step in DRAM, None where the object is gone."""
-    start_pulls = _once(lambda: _pull([ref for ref in refs if ref is not None]))
+    pulled = _Pulled([ref for ref in refs if ref is not None], deadline_s)
     return tuple(
-        _in_dram(step, ref, start_pulls, deadline_s)
-        if step.tier == m.Tier.DRAM
-        else _below_dram(step, readers[step.tier])
+        _in_dram(step, ref, pulled) if step.tier == m.Tier.DRAM else _below_dram(step, readers[step.tier])
         for step, ref in zip(steps, refs)
     )
 
 
-def _in_dram(step: m.RestoreStep, ref: Any, start_pulls: Callable[[], None], deadline_s: float) -> RestoreSource:
-    """Shared memory of this node, or of another one: the turn's objects are all asked for with the first of them."""
+def _in_dram(step: m.RestoreStep, ref: Any, pulled: _Pulled) -> RestoreSource:
+    """Shared memory of this node, or of another one."""
     return RestoreSource(
         key=step.chunk,
         start=step.start,
         num_tokens=step.num_tokens,
-        open=lambda: read_chunk(whole(ray.get(ref, timeout=deadline_s))),
+        open=lambda: read_chunk(whole(pulled.get(ref))),
         place=step.tier,
         num_bytes=step.num_bytes,
-        prefetch=start_pulls,
+        prefetch=pulled.start,
+        forget=pulled.forget,
     )
 
 
@@ -85,22 +84,31 @@ class _Reading:
             self._reader.forget(self._key)
 
 
-def _pull(refs: list[Any]) -> None:
-    """Starts bringing objects to this node and returns at once; those that are here cost nothing."""
-    wanted = list(dict.fromkeys(refs))
-    if wanted:
-        with suppress(RayError):  # opening tells
-            ray.wait(wanted, num_returns=len(wanted), timeout=0, fetch_local=True)
+class _Pulled:
+    """The objects of one turn: all asked for with the first of them; what is here then comes with one question of Ray,
+    the rest one by one. For one thread at a time."""
 
+    def __init__(self, refs: Sequence[Any], deadline_s: float) -> None:
+        self._refs = list(dict.fromkeys(refs))
+        self._deadline_s = deadline_s
+        self._here: list[Any] = []
+        self._found: dict[Any, Any] = {}
 
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    """Called again, it does nothing. For one thread at a time."""
-    is_done = False
+    def start(self) -> None:
+        """Starts bringing objects to this node and returns at once; those that are here cost nothing."""
+        wanted, self._refs = self._refs, []
+        if wanted:
+            with suppress(RayError):  # opening tells
+                self._here = ray.wait(wanted, num_returns=len(wanted), timeout=0, fetch_local=True)[0]
 
-    def call() -> None:
-        nonlocal is_done
-        if not is_done:
-            is_done = True
-            function()
+    def get(self, ref: Any) -> Any:
+        """The object. Raises what Ray raises if it is lost, or does not come within the deadline."""
+        if ref in self._here:
+            here, self._here = self._here, []
+            with suppress(RayError):  # each then says for itself what is wrong with it
+                self._found.update(zip(here, ray.get(here, timeout=self._deadline_s)))
+        return self._found[ref] if ref in self._found else ray.get(ref, timeout=self._deadline_s)
 
-    return call
+    def forget(self) -> None:
+        """Lets go of the memory of what was found."""
+        self._here, self._found = [], {}

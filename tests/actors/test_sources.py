@@ -66,9 +66,10 @@ class TestInDram:
         chunks = [sample_chunk(seed, 20_000) for seed in range(3)]
         refs = [ray.put(data) for _, data in chunks]
         steps = [step(m.Tier.DRAM, key) for key, _ in chunks]
-        asked = []
+        asked, got = [], []
 
         monkeypatch.setattr(actors.sources.ray, "wait", recorded(ray.wait, asked))
+        monkeypatch.setattr(actors.sources.ray, "get", recorded(ray.get, got))
         sources = restore_sources(steps, refs, {}, 1.0)
         assert asked == []
         for source in sources:
@@ -80,6 +81,42 @@ class TestInDram:
             reader = source.open()
             assert reader.header.key == key
             assert np.array_equal(reader.layer(1)[0], read_chunk(data).layer(1)[0])
+        assert [wanted for wanted, _ in got] == [refs]
+
+    def test_what_is_here_does_not_wait_for_what_is_not(self):
+        @ray.remote(num_cpus=0)
+        def late():
+            import time
+
+            time.sleep(3.0)
+
+        key, data = sample_chunk(1, 20_000)
+        refs = [ray.put(data), late.remote()]
+        here, missing = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], refs, {}, 0.2)
+        for source in (here, missing):
+            source.prefetch()
+        assert here.open().header.key == key
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            missing.open()
+        for source in (here, missing):
+            source.forget()
+        assert here.open().header.key == key
+        ray.cancel(refs[1], force=True)
+
+    def test_one_that_is_lost_costs_the_others_nothing(self):
+        @ray.remote(num_cpus=0)
+        def broken():
+            raise OSError("the disk is gone")
+
+        key, data = sample_chunk(1, 20_000)
+        refs = [ray.put(data), broken.remote()]
+        ray.wait(refs, num_returns=2)
+        here, lost = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], refs, {}, 1.0)
+        for source in (here, lost):
+            source.prefetch()
+        assert here.open().header.key == key
+        with pytest.raises(ray.exceptions.RayTaskError):
+            lost.open()
 
     def test_an_object_that_does_not_come_ends_at_the_deadline(self):
         @ray.remote(num_cpus=0)
