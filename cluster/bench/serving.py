@@ -1,15 +1,16 @@
 """What HTTP and Ray Serve cost: a returning turn through them, against the same turn asked of the cluster directly.
 
 One deployment as `reprise serve` makes it. Conversations of equal length, one asked through HTTP, one through the
-Python client of the same scheduler and replica, one of an engine in this process: first turn, a pause, then a short
-second one whose time to first token counts. Then so many chats at a time stream their answers, through HTTP and
-directly.
+Python client of the same scheduler and replica, one of an engine in this process: a long first turn, then short ones,
+each after a pause, whose times to first token count. Then so many chats at a time stream their answers, through HTTP
+and directly.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import socket
 import time
@@ -34,18 +35,19 @@ from cluster.client import Client
 from cluster.config import Config, config_from
 from cluster.conversations import Message
 
-HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 16
+HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 48
+NUM_RETURNS, QUICK_NUM_RETURNS = 4, 1
 MAX_STREAM_ROUNDS = 4
-THINK_S = 1.5  # before the second turn: what the first has computed is saved by then
+THINK_S = 1.5  # before a returning turn: what the one before it has computed is saved by then
 QUICK_HISTORY_WORDS, QUICK_NUM_CHATS, QUICK_STREAM_TOKENS = 60, 4, 8
 MAX_ADDED_S, MAX_TTFT_RATIO, MIN_STREAM_RATIO = 0.010, 1.15, 0.95
-WARM_UPS = 2
+WARM_UPS = 1
 WORDS = ("river", "stone", "lantern", "harbour", "window", "letter", "garden", "bridge", "copper", "winter", "music")
 
 LIMITS = (
     "Added by HTTP: Serve's proxy process, the front process that renders and tokenises, and one more hop of every"
-    " piece. On two cores all of them share the cores with the model; RAY_SERVE_ENABLE_HA_PROXY=1 takes Serve's proxy"
-    " out of the way (it listens on all interfaces, so it is not measured here).",
+    " piece. On few cores all of them share the cores with the model. With RAY_SERVE_ENABLE_HA_PROXY=1 HAProxy takes"
+    " the place of Serve's proxy, and a piece saves a hop between Ray's actors.",
 )
 
 
@@ -126,38 +128,57 @@ async def _measure(options: BenchOptions, deployed: _Deployed) -> Result:
 async def _returning_turns(
     options: BenchOptions, deployed: _Deployed, http: httpx.AsyncClient
 ) -> tuple[dict[str, list[float]], dict[str, list[int]], int]:
-    """TTFT by way, cached tokens by way, and tokens of the prompt. The three ways take turns."""
-    words = QUICK_HISTORY_WORDS if options.quick else HISTORY_WORDS
+    """TTFT by way, cached tokens by way, and tokens of a prompt. The three ways take turns."""
     samples: dict[str, list[float]] = {"engine": [], "direct": [], "http": []}
     cached: dict[str, list[int]] = {"direct": [], "http": []}
-    num_cached = num_tokens = 0
+    num_tokens = 0
     with ExitStack() as stack:
         alone: Callable[[], float] | None = None
         for turn in range(WARM_UPS + options.repeats):
-            options.progress(f"a returning turn, round {turn + 1} of {WARM_UPS + options.repeats}")
+            options.progress(f"a chat with returning turns, round {turn + 1} of {WARM_UPS + options.repeats}")
+            found: dict[str, list[_Return]] = {}
             for way in ("direct", "http") if turn % 2 == 0 else ("http", "direct"):
                 converse = _converse_directly if way == "direct" else _converse_over_http
-                ttft_s, num_cached, num_tokens = await converse(deployed, http, words)
-                if turn >= WARM_UPS:
-                    samples[way].append(ttft_s)
-                    cached[way].append(num_cached)
-            alone = alone or stack.enter_context(_engine_alone(options, num_tokens, num_cached))
-            seconds = alone()
-            if turn >= WARM_UPS:
-                samples["engine"].append(seconds)
+                found[way] = await converse(deployed, http, _words_of_turns(options))
+            middle = found["http"][len(found["http"]) // 2]
+            num_tokens = middle.num_tokens
+            alone = alone or stack.enter_context(_engine_alone(options, num_tokens, middle.num_cached))
+            seconds = [alone() for _ in found["http"]]
+            if turn < WARM_UPS:
+                continue
+            samples["engine"] += seconds
+            for way, returns in found.items():
+                samples[way] += [turn.ttft_s for turn in returns]
+                cached[way] += [turn.num_cached for turn in returns]
     return samples, cached, num_tokens
 
 
-async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: int) -> tuple[float, int, int]:
-    """(TTFT of the second turn, its cached tokens, its prompt tokens)."""
+def _words_of_turns(options: BenchOptions) -> tuple[int, ...]:
+    if options.quick:
+        return (QUICK_HISTORY_WORDS, *[NEW_WORDS] * QUICK_NUM_RETURNS)
+    return (HISTORY_WORDS, *[NEW_WORDS] * NUM_RETURNS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Return:
+    """A returning turn."""
+
+    ttft_s: float
+    num_cached: int
+    num_tokens: int
+    """Of its prompt."""
+
+
+async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: Sequence[int]) -> list[_Return]:
+    """Turns of so many new words each; all but the first."""
     transcript = Transcript(deployed.chat, "bench")
     name = f"bench-{deployed.rng.random()}"
-    ttft_s, num_cached, num_tokens = 0.0, 0, 0
-    for turn, count in enumerate((words, NEW_WORDS)):
-        await asyncio.sleep(THINK_S if turn else 0.0)
+    turns = []
+    for number, count in enumerate(words):
+        await asyncio.sleep(THINK_S if number else 0.0)
         prompt = transcript.prompt([Message("user", deployed.words(count))])
         request = TurnRequest(
-            turn_id=f"{name}#{turn}",
+            turn_id=f"{name}#{number}",
             session_id=name,
             token_ids=prompt.token_ids,
             cuts=prompt.cuts,
@@ -166,20 +187,23 @@ async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: i
         answer = await deployed.client.run(request)
         transcript.add_answer(answer.token_ids, answer.text)
         assert answer.ttft_s is not None
-        ttft_s, num_cached = answer.ttft_s, sum(answer.account.reused.values())
-        num_tokens = answer.account.num_prompt_tokens
-    return ttft_s, num_cached, num_tokens
+        account = answer.account
+        turns.append(_Return(answer.ttft_s, sum(account.reused.values()), account.num_prompt_tokens))
+    return turns[1:]
 
 
-async def _converse_over_http(deployed: _Deployed, http: httpx.AsyncClient, words: int) -> tuple[float, int, int]:
+async def _converse_over_http(deployed: _Deployed, http: httpx.AsyncClient, words: Sequence[int]) -> list[_Return]:
     messages: list[dict[str, str]] = []
-    stream = _Stream()
-    for turn, count in enumerate((words, NEW_WORDS)):
-        await asyncio.sleep(THINK_S if turn else 0.0)
+    turns = []
+    for number, count in enumerate(words):
+        await asyncio.sleep(THINK_S if number else 0.0)
         messages.append({"role": "user", "content": deployed.words(count)})
         stream = await _ask(http, messages, ANSWER_TOKENS)
         messages.append({"role": "assistant", "content": stream.text})
-    return stream.ttft_s, stream.usage["prompt_tokens_details"]["cached_tokens"], stream.usage["prompt_tokens"]
+        usage = stream.usage
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        turns.append(_Return(stream.ttft_s, cached, usage["prompt_tokens"]))
+    return turns[1:]
 
 
 @dataclass
@@ -306,9 +330,15 @@ def _result(
     rates = [(names[way], median(streams[way])) for way in streams]
     return Result(
         name="serving",
-        setup=options.setup(prompt_tokens=num_tokens, chats=QUICK_NUM_CHATS if options.quick else NUM_CHATS),
+        setup=options.setup(
+            prompt_tokens=num_tokens,
+            chats=QUICK_NUM_CHATS if options.quick else NUM_CHATS,
+            proxy="HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "Ray Serve's",
+        ),
         tables=[
-            Table(title="Second turn of a chat", columns=("asked through", "TTFT p50 ms", "cached tokens"), rows=turns),
+            Table(
+                title="Returning turns of a chat", columns=("asked through", "TTFT p50 ms", "cached tokens"), rows=turns
+            ),
             Table(title="Chats at a time", columns=("asked through", "tokens/s"), rows=rates),
         ],
         figures={
