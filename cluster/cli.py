@@ -280,11 +280,17 @@ class _ProgressListener:
 
 
 def _run_model_tiny(options: argparse.Namespace) -> None:
+    from cluster.config import ConfigError
     from cluster.tiny_model import make_tiny_model
 
-    make_tiny_model(
-        options.out, architecture=options.architecture, size=options.size, dtype=options.dtype, seed=options.seed
-    )
+    try:
+        make_tiny_model(
+            options.out, architecture=options.architecture, size=options.size, dtype=options.dtype, seed=options.seed
+        )
+    except ValueError as error:
+        raise ConfigError(f"model tiny: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write a model to {options.out}: {error}") from None
     print(f"wrote {options.out}")
 
 

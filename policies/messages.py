@@ -475,8 +475,8 @@ Command = Dispatch | Save | Decline | Fetch | Demote | Drop | Cancel | Forget
 class SchedulerConfig:
     """How the scheduler is tuned. Durations in seconds, shares of a tier's budget between 0 and 1."""
 
-    high_watermark: float = 0.98  # above this share of a tier's budget, eviction starts
-    low_watermark: float = 0.95  # and goes on until this share
+    high_watermark: float = 0.99  # above this share of a tier's budget, eviction starts
+    low_watermark: float = 0.98  # and goes on until this share
     answer_reserve: float = 1.0  # share of max_new_tokens a dispatched turn reserves beside its prompt
     restore_deadline_s: float = 10.0  # a turn at the head of the queue waits this long for its chunks
     lease_s: float = 60.0  # a dispatched turn's chunks are pinned no longer than this

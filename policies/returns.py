@@ -153,13 +153,21 @@ class ReturnModel:
         return min(max(product, 1 / MAX_FACTOR), MAX_FACTOR)
 
     def index(self, step: int, age: float) -> float:
-        """Returns per second of occupation, for factors of 2 ** (step / STEPS_PER_OCTAVE). Units: 1/s."""
+        """Returns per second of occupation, for factors of 2 ** (step / STEPS_PER_OCTAVE). Units: 1/s.
+
+        Between the beginnings of two intervals it goes in a straight line: a chunk is not worth half as much as another
+        because it is a second older.
+        """
         if age >= ENDS[-1]:
             return 0.0
-        return self.table(step)[bisect_right(ENDS, age)]
+        interval, table = bisect_right(ENDS, age), self.table(step)
+        now = table[interval]
+        later = table[interval + 1] if interval + 1 < NUM_INTERVALS else 0.0
+        share = (age - STARTS[interval]) / (ENDS[interval] - STARTS[interval])
+        return now + share * (later - now)
 
     def table(self, step: int) -> tuple[float, ...]:
-        """The index by interval of age."""
+        """The index at the beginning of every interval of age."""
         table = self._tables.get(step)
         if table is None:
             factor = 2.0 ** (step / STEPS_PER_OCTAVE)

@@ -90,12 +90,20 @@ def serve_until_interrupted(config: Any, host: str, port: int) -> None:
 
 def _start(config: Any, host: str, port: int) -> None:
     from ray import serve
+    from ray.exceptions import RayError
 
     from cluster.bringup import BringUpError
     from cluster.serving.deployment import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    try:
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    except (RayError, RuntimeError, TimeoutError) as error:
+        text = str(error).strip() or type(error).__name__
+        raise BringUpError(
+            f"Ray Serve's proxy did not start ({text.splitlines()[-1]}): its log is in"
+            " /tmp/ray/session_latest/logs/serve; a machine that is very busy may only need another try"
+        ) from error
     try:
         serve.run(build(config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:

@@ -21,7 +21,7 @@ from policies.places import Place
 from policies.returns import STEPS_PER_OCTAVE, Features, ReturnModel, Silence
 
 SEGMENTS = (512, 2048)  # tokens before the end of a prompt
-PRIOR = 6.0  # prompts' worth of doubt about a factor: there are many
+PRIOR = 12.0  # prompts' worth of doubt about a factor: there are many
 MAX_PREFIXES = 200_000  # marks whose last prompt is remembered
 
 

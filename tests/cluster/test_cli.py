@@ -169,6 +169,23 @@ def test_wrong_input_is_one_line(
     assert words in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--size", "1m"), "unknown size '1m': choose one of test, 50m, 125m"),
+        (("--architecture", "gpt"), "unknown architecture 'gpt'"),
+        (("--out", "/dev/null/model"), "cannot write a model to /dev/null/model"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_one_line(
+    more: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["model", "tiny", "--out", str(tmp_path / "model"), *more]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reprise: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+
+
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["batch", "--help"])

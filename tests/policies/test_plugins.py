@@ -52,7 +52,7 @@ def test_an_object_without_the_verbs_is_refused() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"low_watermark": 0.99},
+        {"low_watermark": 0.995},
         {"low_watermark": 0.0},
         {"high_watermark": 1.5},
         {"answer_reserve": -0.1},

@@ -64,6 +64,17 @@ def test_the_index_of_the_class_that_returns_is_higher() -> None:
     assert model.index(soon, 1.0) > model.index(late, 1.0)
 
 
+def test_the_index_goes_in_straight_lines_between_intervals() -> None:
+    model = learn([10.0, 100.0], 6000)
+    table = model.table(0)
+    for interval in (2, 5, NUM_INTERVALS - 1):
+        start, end = STARTS[interval], ENDS[interval]
+        later = table[interval + 1] if interval + 1 < NUM_INTERVALS else 0.0
+        assert model.index(0, start) == table[interval]
+        assert model.index(0, (start + end) / 2) == pytest.approx((table[interval] + later) / 2)
+        assert model.index(0, end) == pytest.approx(later)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(
