@@ -140,8 +140,8 @@ class Replica:
         self._remember(name, request.session_id)
         done = False
         try:
-            refs = await self._references(dispatch.plan)
-            await self._shard.add.remote(running.named_request, dispatch.plan.steps, refs)
+            checkout = self._checkout(dispatch.plan)
+            await self._shard.add.remote(running.named_request, dispatch.plan.steps, checkout)
             text = self._text_stream(request)
             while not done:
                 output = await running.next_output()
@@ -169,12 +169,10 @@ class Replica:
         while len(self._sessions) > REMEMBERED_TURNS:
             self._sessions.popitem(last=False)
 
-    async def _references(self, plan: m.RestorePlan) -> list[Any]:
+    def _checkout(self, plan: m.RestorePlan) -> list[Any]:
+        """The store's answer to what is wanted from DRAM, boxed: nobody here waits for it. Empty: nothing is."""
         in_dram = [step.chunk for step in plan.steps if step.tier == m.Tier.DRAM]
-        if not in_dram:
-            return [None] * len(plan.steps)
-        refs = dict(zip(in_dram, await self._store.checkout.remote(in_dram)))
-        return [refs.get(step.chunk) for step in plan.steps]
+        return [self._store.checkout.remote(in_dram)] if in_dram else []
 
     def _text_stream(self, request: TurnRequest) -> TextStream:
         """The answer's text, from its first token on even when an earlier attempt generated the beginning."""

@@ -122,9 +122,13 @@ class Shard:
         )
 
     @ray.method(concurrency_group="control")
-    def add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...], refs: list[Any]) -> None:
-        """Takes a turn in. `refs` boxes one object reference per step, None where the step is read from a file."""
-        restore = restore_sources(steps, refs, self._readers, self._plan.engine.load_deadline_s)
+    def add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...], checkout: list[Any]) -> None:
+        """Takes a turn in. `checkout` boxes a reference to what the node's store answers: a list with one object
+        reference per step in DRAM. It is looked into only if the turn loads them: what HBM has waits for no store."""
+        deadline_s = self._plan.engine.load_deadline_s
+        restore = restore_sources(
+            steps, lambda: ray.get(checkout[0], timeout=deadline_s) if checkout else [], self._readers, deadline_s
+        )
         self._engine.add(
             Request(
                 turn_id=turn.turn_id,

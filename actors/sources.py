@@ -5,8 +5,9 @@ Opens nothing itself: the engine's loader does, when it comes to a chunk, after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import ray
@@ -21,25 +22,26 @@ from storage.tier import ChunkOpener
 
 def restore_sources(
     steps: Sequence[m.RestoreStep],
-    refs: Sequence[Any],
+    checkout: Callable[[], Sequence[Any]],
     readers: Mapping[m.Tier, ChunkOpener],
     deadline_s: float,
 ) -> tuple[RestoreSource, ...]:
-    """One source per step. `refs` has an object reference for every step in DRAM, None where the object is gone."""
-    pulled = _Pulled([ref for ref in refs if ref is not None], deadline_s)
+    """One source per step. `checkout` brings an object reference for every step in DRAM, in their order, None where
+    the object is gone; it is asked once, and only if the turn loads from there."""
+    pulled, numbers = _Pulled(checkout, deadline_s), count()
     return tuple(
-        _in_dram(step, ref, pulled) if step.tier == m.Tier.DRAM else _below_dram(step, readers[step.tier])
-        for step, ref in zip(steps, refs)
+        _in_dram(step, next(numbers), pulled) if step.tier == m.Tier.DRAM else _below_dram(step, readers[step.tier])
+        for step in steps
     )
 
 
-def _in_dram(step: m.RestoreStep, ref: Any, pulled: _Pulled) -> RestoreSource:
+def _in_dram(step: m.RestoreStep, number: int, pulled: _Pulled) -> RestoreSource:
     """Shared memory of this node, or of another one."""
     return RestoreSource(
         key=step.chunk,
         start=step.start,
         num_tokens=step.num_tokens,
-        open=lambda: read_chunk(whole(pulled.get(ref))),
+        open=lambda: read_chunk(whole(pulled.get(number))),
         place=step.tier,
         num_bytes=step.num_bytes,
         prefetch=pulled.start,
@@ -88,21 +90,33 @@ class _Pulled:
     """The objects of one turn: all asked for with the first of them; what is here then comes with one question of Ray,
     the rest one by one. For one thread at a time."""
 
-    def __init__(self, refs: Sequence[Any], deadline_s: float) -> None:
-        self._refs = list(dict.fromkeys(refs))
+    def __init__(self, checkout: Callable[[], Sequence[Any]], deadline_s: float) -> None:
+        self._checkout: Callable[[], Sequence[Any]] | None = checkout  # until it was asked
         self._deadline_s = deadline_s
+        self._refs: Sequence[Any] = ()
+        self._failure: RayError | None = None
         self._here: list[Any] = []
         self._found: dict[Any, Any] = {}
 
     def start(self) -> None:
-        """Starts bringing objects to this node and returns at once; those that are here cost nothing."""
-        wanted, self._refs = self._refs, []
-        if wanted:
-            with suppress(RayError):  # opening tells
+        """Starts bringing objects to this node; those that are here cost nothing."""
+        checkout, self._checkout = self._checkout, None
+        if checkout is None:
+            return
+        try:
+            self._refs = checkout()
+            wanted = list(dict.fromkeys(ref for ref in self._refs if ref is not None))
+            if wanted:
                 self._here = ray.wait(wanted, num_returns=len(wanted), timeout=0, fetch_local=True)[0]
+        except RayError as error:  # opening tells
+            self._failure = error
 
-    def get(self, ref: Any) -> Any:
-        """The object. Raises what Ray raises if it is lost, or does not come within the deadline."""
+    def get(self, number: int) -> Any:
+        """That object. Raises what Ray raises if it is lost, or does not come within the deadline."""
+        self.start()
+        if self._failure is not None:
+            raise self._failure
+        ref = self._refs[number]
         if ref in self._here:
             here, self._here = self._here, []
             with suppress(RayError):  # each then says for itself what is wrong with it

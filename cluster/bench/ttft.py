@@ -78,8 +78,7 @@ class _Places:
             )
             for chunk in self._bench.chunks
         )
-        refs = self._refs if tier is m.Tier.DRAM else [None] * len(steps)
-        return restore_sources(steps, refs, {m.Tier.SSD: open_reader(str(self._folder))}, 30.0)
+        return restore_sources(steps, lambda: self._refs, {m.Tier.SSD: open_reader(str(self._folder))}, 30.0)
 
     def forget_pages(self) -> None:
         """The files leave the page cache."""

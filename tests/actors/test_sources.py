@@ -35,7 +35,7 @@ def step(tier, key="k", start=0, num_bytes=1000):
 @pytest.mark.parametrize("tier", [m.Tier.SSD, m.Tier.OBJECT])
 def test_below_dram_the_reader_is_told_the_size(tier):
     opener = FakeOpener()
-    [source] = restore_sources([step(tier, start=8)], [None], {tier: opener}, 1.0)
+    [source] = restore_sources([step(tier, start=8)], list, {tier: opener}, 1.0)
     assert (source.key, source.start, source.num_tokens, source.num_bytes) == ("k", 8, 4, 1000)
     assert source.place == tier
     assert source.buffered == (tier == m.Tier.OBJECT)
@@ -47,7 +47,7 @@ def test_below_dram_the_reader_is_told_the_size(tier):
 def test_forgets_only_what_it_prefetched_and_did_not_open():
     opener = FakeOpener()
     opened, prefetched, neither = restore_sources(
-        [step(m.Tier.OBJECT, key) for key in "abc"], [None] * 3, {m.Tier.OBJECT: opener}, 1.0
+        [step(m.Tier.OBJECT, key) for key in "abc"], list, {m.Tier.OBJECT: opener}, 1.0
     )
     opened.prefetch()
     opened.open()
@@ -66,12 +66,12 @@ class TestInDram:
         chunks = [sample_chunk(seed, 20_000) for seed in range(3)]
         refs = [ray.put(data) for _, data in chunks]
         steps = [step(m.Tier.DRAM, key) for key, _ in chunks]
-        asked, got = [], []
+        asked, got, checkouts = [], [], []
 
         monkeypatch.setattr(actors.sources.ray, "wait", recorded(ray.wait, asked))
         monkeypatch.setattr(actors.sources.ray, "get", recorded(ray.get, got))
-        sources = restore_sources(steps, refs, {}, 1.0)
-        assert asked == []
+        sources = restore_sources(steps, recorded(lambda: refs, checkouts), {}, 1.0)
+        assert asked == checkouts == []
         for source in sources:
             source.prefetch()
         [(wanted, options)] = asked
@@ -82,6 +82,7 @@ class TestInDram:
             assert reader.header.key == key
             assert np.array_equal(reader.layer(1)[0], read_chunk(data).layer(1)[0])
         assert [wanted for wanted, _ in got] == [refs]
+        assert len(checkouts) == 1
 
     def test_what_is_here_does_not_wait_for_what_is_not(self):
         @ray.remote(num_cpus=0)
@@ -92,7 +93,7 @@ class TestInDram:
 
         key, data = sample_chunk(1, 20_000)
         refs = [ray.put(data), late.remote()]
-        here, missing = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], refs, {}, 0.2)
+        here, missing = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], lambda: refs, {}, 0.2)
         for source in (here, missing):
             source.prefetch()
         assert here.open().header.key == key
@@ -111,7 +112,7 @@ class TestInDram:
         key, data = sample_chunk(1, 20_000)
         refs = [ray.put(data), broken.remote()]
         ray.wait(refs, num_returns=2)
-        here, lost = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], refs, {}, 1.0)
+        here, lost = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], lambda: refs, {}, 1.0)
         for source in (here, lost):
             source.prefetch()
         assert here.open().header.key == key
@@ -126,7 +127,7 @@ class TestInDram:
             time.sleep(3.0)
 
         ref = late.remote()
-        [source] = restore_sources([step(m.Tier.DRAM)], [ref], {}, 0.2)
+        [source] = restore_sources([step(m.Tier.DRAM)], lambda: [ref], {}, 0.2)
         source.prefetch()  # does not wait
         with pytest.raises(ray.exceptions.GetTimeoutError):
             source.open()
@@ -134,11 +135,40 @@ class TestInDram:
 
     def test_an_object_that_is_gone_is_told_when_it_is_opened(self):
         key, data = sample_chunk(1, 20_000)
-        present, gone = restore_sources([step(m.Tier.DRAM), step(m.Tier.DRAM)], [ray.put(data), None], {}, 1.0)
+        refs = [ray.put(data), None]
+        present, gone = restore_sources([step(m.Tier.DRAM), step(m.Tier.DRAM)], lambda: refs, {}, 1.0)
         gone.prefetch()
         assert present.open().header.key == key
         with pytest.raises(ValueError, match="object refs"):
             gone.open()
+
+    def test_steps_below_dram_do_not_count(self):
+        key, data = sample_chunk(1, 20_000)
+        ref, opener = ray.put(data), FakeOpener()
+        first, _, last = restore_sources(
+            [step(m.Tier.DRAM, key), step(m.Tier.SSD), step(m.Tier.DRAM)],
+            lambda: [ref, None],
+            {m.Tier.SSD: opener},
+            1.0,
+        )
+        assert first.open().header.key == key
+        with pytest.raises(ValueError, match="object refs"):
+            last.open()
+
+    def test_a_store_that_is_gone_is_told_by_every_chunk(self):
+        def checkout():
+            asked.append(1)
+            raise ray.exceptions.RayActorError
+
+        asked = []
+
+        sources = restore_sources([step(m.Tier.DRAM), step(m.Tier.DRAM)], checkout, {}, 1.0)
+        for source in sources:
+            source.prefetch()  # says nothing
+        for source in sources:
+            with pytest.raises(ray.exceptions.RayActorError):
+                source.open()
+        assert asked == [1]
 
 
 def recorded(function, calls):
