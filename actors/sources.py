@@ -99,7 +99,7 @@ class _Pulled:
         self._found: dict[Any, Any] = {}
 
     def start(self) -> None:
-        """Starts bringing objects to this node; those that are here cost nothing."""
+        """Starts bringing objects to this node; those that are here cost nothing. Waits for the checkout alone."""
         checkout, self._checkout = self._checkout, None
         if checkout is None:
             return
@@ -124,5 +124,5 @@ class _Pulled:
         return self._found[ref] if ref in self._found else ray.get(ref, timeout=self._deadline_s)
 
     def forget(self) -> None:
-        """Lets go of the memory of what was found."""
+        """Lets go of the memory of what was found, for all of the turn: what is opened after that comes alone."""
         self._here, self._found = [], {}

@@ -160,6 +160,7 @@ class ReturnModel:
         """
         if age >= ENDS[-1]:
             return 0.0
+        age = max(0.0, age)
         interval, table = bisect_right(ENDS, age), self.table(step)
         now = table[interval]
         later = table[interval + 1] if interval + 1 < NUM_INTERVALS else 0.0

@@ -120,7 +120,8 @@ class RestoreSource:
     buffered: bool = False
     """Opening it brings the whole chunk into memory of this process: not many are opened at a time."""
     prefetch: Callable[[], None] | None = None
-    """Starts bringing the bytes near and returns at once; called some time before `open`. Never raises."""
+    """Starts bringing the bytes near, without waiting for them; called some time before `open`, on a loader thread.
+    Never raises."""
     forget: Callable[[], None] | None = None
     """The chunk will not be opened after all: drops what `prefetch` started."""
 

@@ -31,7 +31,7 @@ from actors.engine.turns import EngineConfig, Request
 from cluster.bench.options import BenchOptions
 from cluster.bench.result import Result, Table, Target, median_ratio
 
-STEP_TOKENS = 2048  # steps of 512, the engine's default, make prefill 5 to 15 % slower and other turns' ITL shorter
+STEP_TOKENS = 2048  # with 512, the engine's default, prefill is slower: see docs/benchmarks.md
 DECODE_TOKENS = 32
 ENGINE, GENERATE, CONTINUOUS = "engine", "generate", "continuous batching"
 RIVALS = (GENERATE, CONTINUOUS)

@@ -148,8 +148,8 @@ async def _returning_turns(
                 continue
             samples["engine"] += seconds
             for way, returns in found.items():
-                samples[way] += [turn.ttft_s for turn in returns]
-                cached[way] += [turn.num_cached for turn in returns]
+                samples[way] += [one.ttft_s for one in returns]
+                cached[way] += [one.num_cached for one in returns]
     return samples, cached, num_tokens
 
 

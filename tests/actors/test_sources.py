@@ -85,14 +85,8 @@ class TestInDram:
         assert len(checkouts) == 1
 
     def test_what_is_here_does_not_wait_for_what_is_not(self):
-        @ray.remote(num_cpus=0)
-        def late():
-            import time
-
-            time.sleep(3.0)
-
         key, data = sample_chunk(1, 20_000)
-        refs = [ray.put(data), late.remote()]
+        refs = [ray.put(data), late_object()]
         here, missing = restore_sources([step(m.Tier.DRAM, key), step(m.Tier.DRAM)], lambda: refs, {}, 0.2)
         for source in (here, missing):
             source.prefetch()
@@ -120,13 +114,7 @@ class TestInDram:
             lost.open()
 
     def test_an_object_that_does_not_come_ends_at_the_deadline(self):
-        @ray.remote(num_cpus=0)
-        def late():
-            import time
-
-            time.sleep(3.0)
-
-        ref = late.remote()
+        ref = late_object()
         [source] = restore_sources([step(m.Tier.DRAM)], lambda: [ref], {}, 0.2)
         source.prefetch()  # does not wait
         with pytest.raises(ray.exceptions.GetTimeoutError):
@@ -169,6 +157,18 @@ class TestInDram:
             with pytest.raises(ray.exceptions.RayActorError):
                 source.open()
         assert asked == [1]
+
+
+def late_object():
+    """A reference to what comes after three seconds."""
+
+    @ray.remote(num_cpus=0)
+    def late():
+        import time
+
+        time.sleep(3.0)
+
+    return late.remote()
 
 
 def recorded(function, calls):

@@ -73,6 +73,7 @@ def test_the_index_goes_in_straight_lines_between_intervals() -> None:
         assert model.index(0, start) == table[interval]
         assert model.index(0, (start + end) / 2) == pytest.approx((table[interval] + later) / 2)
         assert model.index(0, end) == pytest.approx(later)
+    assert model.index(0, -5.0) == table[0]  # a clock that another thread has read later
 
 
 @settings(max_examples=60, deadline=None)

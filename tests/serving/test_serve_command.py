@@ -17,11 +17,26 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
+import ray.serve
+
+from cluster.bringup import BringUpError
+from cluster.serving.command import _start as start
 
 pytestmark = [pytest.mark.timeout(480)]
 
 START_LIMIT_S, END_LIMIT_S = 180.0, 60.0
 SYSTEM = {"role": "system", "content": "You are a careful guide through a city that nobody knows. " * 4}
+
+
+def test_a_proxy_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(ray.serve, "start", fail)
+    with pytest.raises(BringUpError, match=r"proxy did not start \(.*\): its log is in") as raised:
+        start(None, "127.0.0.1", 8000)
+    assert "\n" not in str(raised.value)
 
 
 def free_port() -> int:
