@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ DEFAULT_SHARE = 0.6
 MIN_LOCAL_STORE_BYTES = 256 * 1024**2
 DEFAULT_LOCAL_STORE_BYTES = 4 * 1024**3
 MAX_WAITING = 100_000
+STATS_LIMIT_S = 30
 
 # Ray moves nothing to disk on its own here, and gives freed space back at once (FINDINGS of the store's measurements).
 RAY_SYSTEM_CONFIG = {"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0}
@@ -115,7 +117,7 @@ class Running:
             self.scheduler.replica_lost.remote(replica_id)
 
     def store_stats(self) -> list[dict[str, Any]]:
-        return list(ray.get([store.stats.remote() for store in self.stores.values()], timeout=30))
+        return _stats_of(self.stores)
 
     def scheduler_stats(self) -> dict[str, Any]:
         """Empty while it restarts."""
@@ -125,7 +127,20 @@ class Running:
             return {}
 
     def replica_stats(self) -> list[dict[str, Any]]:
-        return list(ray.get([replica.stats.remote() for replica in self.replicas.values()], timeout=30))
+        return _stats_of(self.replicas)
+
+
+def _stats_of(actors: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each says of itself: one that restarts is waited for, one that is gone is left out."""
+    asked = {name: actor.stats.options(max_task_retries=-1).remote() for name, actor in actors.items()}
+    deadline = time.monotonic() + STATS_LIMIT_S
+    found = []
+    for name, answer in asked.items():
+        try:
+            found.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
+        except RayError as error:
+            log.warning("no figures from %s: %s", name, _first_line(error))
+    return found
 
 
 @contextmanager
