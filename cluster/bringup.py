@@ -22,7 +22,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.tokenizer import ModelError
@@ -44,7 +44,7 @@ DEFAULT_SHARE = 0.6
 MIN_LOCAL_STORE_BYTES = 256 * 1024**2
 DEFAULT_LOCAL_STORE_BYTES = 4 * 1024**3
 MAX_WAITING = 100_000
-STATS_LIMIT_S = 30
+STATS_LIMIT_S = 30  # for all actors together; one takes some seconds to restart
 
 # Ray moves nothing to disk on its own here, and gives freed space back at once (FINDINGS of the store's measurements).
 RAY_SYSTEM_CONFIG = {"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0}
@@ -131,14 +131,17 @@ class Running:
 
 
 def _stats_of(actors: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each says of itself: one that restarts is waited for, one that is gone is left out."""
+    """What each says of itself: one that restarts is waited for, one that is gone or does not answer is left out.
+
+    What goes wrong in making the figures is raised.
+    """
     asked = {name: actor.stats.options(max_task_retries=-1).remote() for name, actor in actors.items()}
     deadline = time.monotonic() + STATS_LIMIT_S
     found = []
     for name, answer in asked.items():
         try:
             found.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
-        except RayError as error:
+        except (RayActorError, GetTimeoutError) as error:
             log.warning("no figures from %s: %s", name, _first_line(error))
     return found
 
