@@ -20,6 +20,7 @@ from policies.outlook import Outlook
 from policies.places import Place
 from policies.returns import STEPS_PER_OCTAVE, Features, ReturnModel, Silence
 
+NUM_FEATURES = 4
 SEGMENTS = (512, 2048)  # tokens before the end of a prompt
 PRIOR = 12.0  # prompts' worth of doubt about a factor: there are many
 MAX_PREFIXES = 200_000  # marks whose last prompt is remembered
@@ -38,13 +39,16 @@ def bucket_of(count: int) -> int:
     return count if count < 4 else 4 if count < 7 else 5 if count < 15 else 6
 
 
-def features_of(count: int, answer_tokens: int, from_end: int, standing: Standing = Standing.TALK) -> Features:
-    """How often it came back, the length of the last answer by powers of four, how far it is from the prompt's end.
+def features_of(
+    count: int, answer_tokens: int, from_end: int, standing: Standing = Standing.TALK, new_tokens: int = 0
+) -> Features:
+    """How often it came back, the length of the last answer and of what was new in the last prompt by powers of four,
+    how far it is from the prompt's end.
 
-    The first two are told apart by standing: the third turn of a chat is no third question about a document.
+    All but the last are told apart by standing: the third turn of a chat is no third question about a document.
     """
-    count_level, answer_level = bucket_of(count), answer_tokens.bit_length() // 2
-    return count_level * len(Standing) + standing, answer_level * len(Standing) + standing, segment_of(from_end)
+    levels = bucket_of(count), answer_tokens.bit_length() // 2, new_tokens.bit_length() // 2
+    return *(level * len(Standing) + standing for level in levels), segment_of(from_end)
 
 
 def segment_of(from_end: int) -> int:
@@ -75,9 +79,11 @@ class _Visit:
     def features(self, end: int, num_uses: int) -> Features:
         """Of what ends there and was in so many prompts."""
         count, end = max(self.turn, num_uses), min(end, self.num_tokens)
-        return features_of(count, self.answer_tokens, self.num_tokens - end, self._standing(end))
+        new_tokens = self.num_tokens - self.known_end
+        return features_of(count, self.answer_tokens, self.num_tokens - end, self.standing(end), new_tokens)
 
-    def _standing(self, end: int) -> Standing:
+    def standing(self, end: int) -> Standing:
+        """Of what ends there."""
         if not self.known_end or self.goes_on:
             return Standing.TALK
         return Standing.SHARED if end <= self.known_end else Standing.OWN
@@ -150,10 +156,15 @@ class Experience:
         return visit, num_uses + 1
 
     def _parts_of(self, visit: _Visit, prompt: Sequence[Mark], num_uses: int, now: float) -> list[_Part]:
-        """Each begins its silence now. Weights are equal: a question of one chunk teaches as much as its document."""
+        """Each begins its silence now. Weights are equal: a question of one chunk teaches as much as its document.
+
+        A conversation is cut by distance from its end, as its chunks will be judged; a document that was known before
+        stays one stretch: it comes back whole, whatever is asked about it.
+        """
         known_end, num_tokens = visit.known_end, visit.num_tokens
-        cuts = [max(known_end, _end_before(prompt, num_tokens - bound)) for bound in reversed(SEGMENTS)]
-        stretches = [(start, end) for start, end in pairwise((0, known_end, *cuts, num_tokens)) if end > start]
+        first_cut = 0 if visit.standing(num_tokens) is Standing.TALK else known_end
+        cuts = {max(first_cut, _end_before(prompt, num_tokens - bound)) for bound in SEGMENTS}
+        stretches = list(pairwise(sorted({0, known_end, *cuts, num_tokens})))
         parts = []
         for start, end in stretches:
             features = visit.features(end, num_uses if end <= known_end else 1)
@@ -177,7 +188,7 @@ class Returns:
     """
 
     def __init__(self) -> None:
-        self._model = ReturnModel(num_features=3, prior=PRIOR)
+        self._model = ReturnModel(num_features=NUM_FEATURES, prior=PRIOR)
         self._experience = Experience(self._model)
         self._silent: dict[Place, dict[int, SortedKeys[tuple[Any, ...]]]] = {}  # by step of the factor, oldest first
         self._needed: dict[Place, SortedKeys[tuple[Any, ...]]] = {}

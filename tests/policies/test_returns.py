@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.eviction import EvictionPolicy, Lru, Returns, returns
-from policies.eviction.returns import Experience, Standing, features_of
+from policies.eviction.returns import NUM_FEATURES, Experience, Standing, features_of
 from policies.messages import Mark
 from policies.returns import ENDS, NUM_INTERVALS, STARTS, Features, ReturnModel, Silence
 from policies.simulator.replay import Level, replay
@@ -112,7 +112,7 @@ class Notes(ReturnModel):
     """A model that remembers what it was told."""
 
     def __init__(self) -> None:
-        super().__init__(num_features=3)
+        super().__init__(num_features=NUM_FEATURES)
         self.begun: list[Silence] = []
         self.back: list[float] = []
 
@@ -186,36 +186,58 @@ def test_what_comes_back_is_the_last_silence_of_every_token(prompts: list[list[i
 
 def test_the_next_turn_is_told_from_another_question() -> None:
     """A prompt that is longer by the last answer goes on from it; one that is not shares its beginning with it."""
-    experience = Experience(ReturnModel(num_features=3))
+    experience = Experience(ReturnModel(num_features=NUM_FEATURES))
     experience.note_answer(prompt_of("a", "b"), 1, 2, 0.0)
-    assert experience.features(Facts("b", end=2)) == features_of(1, 2, 0, Standing.TALK)
+    assert experience.features(Facts("b", end=2)) == features_of(1, 2, 0, Standing.TALK, 2)
     experience.note_answer(prompt_of("a", "b", "answer", "c"), 2, 1, 1.0)
-    assert experience.features(Facts("b", end=2)) == features_of(2, 1, 2, Standing.TALK)
-    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.TALK)
+    assert experience.features(Facts("b", end=2)) == features_of(2, 1, 2, Standing.TALK, 2)
+    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.TALK, 2)
     experience.note_answer(prompt_of("a", "b", "question"), 1, 1, 2.0)
-    assert experience.features(Facts("b", end=2)) == features_of(3, 1, 1, Standing.SHARED)
-    assert experience.features(Facts("question", end=3)) == features_of(1, 1, 0, Standing.OWN)
-    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.TALK), "as before"
+    assert experience.features(Facts("b", end=2)) == features_of(3, 1, 1, Standing.SHARED, 1)
+    assert experience.features(Facts("question", end=3)) == features_of(1, 1, 0, Standing.OWN, 1)
+    assert experience.features(Facts("c", end=4)) == features_of(2, 1, 0, Standing.TALK, 2), "as before"
 
 
 def test_a_chunk_that_no_prompt_named_is_known_by_its_facts() -> None:
-    experience = Experience(ReturnModel(num_features=3))
+    experience = Experience(ReturnModel(num_features=NUM_FEATURES))
     facts = Facts("answer", end=4, turn=3, prompt_tokens=2, answer_tokens=2)
-    assert experience.features(facts) == features_of(3, 2, 0, Standing.TALK)
-    assert experience.features(replace(facts, turn=1)) == features_of(1, 2, 0, Standing.TALK)
+    assert experience.features(facts) == features_of(3, 2, 0, Standing.TALK, 2)
+    assert experience.features(replace(facts, turn=1)) == features_of(1, 2, 0, Standing.TALK, 2)
+
+
+def test_a_conversation_teaches_what_its_chunks_are_judged_by() -> None:
+    """Its beginning, also where it was known before, counts for what is far from a prompt's end."""
+    model = Notes()
+    experience = Experience(model)
+    first = prompt_of(*"abcdef", size=500)
+    experience.note_answer(first, 1, 500, 0.0)
+    experience.note_answer([*first, Mark(3500, "answer"), Mark(4000, "g")], 2, 10, 1.0)
+    taught = {silence.features for silence in model.begun[-3:]}
+    assert taught == {experience.features(Facts(key, end=end)) for key, end in [("c", 1500), ("f", 3000), ("g", 4000)]}
+
+
+def test_a_document_teaches_as_a_whole() -> None:
+    model = Notes()
+    experience = Experience(model)
+    experience.note_answer(prompt_of(*"abcdef", "question", size=500), 1, 10, 0.0)
+    num_before = len(model.begun)
+    experience.note_answer(prompt_of(*"abcdef", "another", size=500), 1, 10, 1.0)
+    document, question = model.begun[num_before:]
+    assert document.features == features_of(2, 10, 500, Standing.SHARED, 500)
+    assert question.features == features_of(1, 10, 0, Standing.OWN, 500)
 
 
 def test_the_question_behind_a_document_is_told_apart() -> None:
     """Every document comes back once, with another question."""
-    model = ReturnModel(num_features=3)
+    model = ReturnModel(num_features=NUM_FEATURES)
     experience = Experience(model)
     for number in range(600):
         document = [f"document {number // 2} {part}" for part in range(8)]
         prompt = prompt_of(*document, f"question {number}", size=500)
         experience.note_prompt(prompt, 10.0 * number)
         experience.note_answer(prompt, 1, 10, 10.0 * number + 1.0)
-    document_factor = model.factor(features_of(1, 10, 3000, Standing.TALK))
-    assert document_factor > 3 * model.factor(features_of(1, 10, 0, Standing.OWN))
+    document_factor = model.factor(features_of(1, 10, 3000, Standing.TALK, 4500))
+    assert document_factor > 3 * model.factor(features_of(1, 10, 0, Standing.OWN, 500))
 
 
 class TestReturns(EvictionContract):
