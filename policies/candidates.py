@@ -7,6 +7,7 @@ from itertools import islice
 
 from policies.catalog import Catalog, Chunk, Copy, CopyState, Family
 from policies.eviction.contract import EvictionPolicy, learner_of
+from policies.fleet import Fleet
 from policies.messages import Cause, ChunkKey, Mark
 from policies.outlook import Outlook
 from policies.places import Place
@@ -21,10 +22,13 @@ class Candidates:
     Expired chunks (time to live) are kept apart and go first; the policy orders the rest.
     """
 
-    def __init__(self, catalog: Catalog, queue: WaitingQueue, policy: EvictionPolicy, guard: Guard) -> None:
+    def __init__(
+        self, catalog: Catalog, queue: WaitingQueue, fleet: Fleet, policy: EvictionPolicy, guard: Guard
+    ) -> None:
         self.ordered: dict[Place, dict[ChunkKey, None]] = {}  # what the policy was told; also the safe default order
         self.expired: dict[Place, dict[ChunkKey, None]] = {}
-        self._catalog, self._queue, self._policy, self._guard = catalog, queue, policy, guard
+        self._catalog, self._queue, self._fleet = catalog, queue, fleet
+        self._policy, self._guard = policy, guard
         self._learner = learner_of(policy)
         self._changed: dict[ChunkKey, Chunk] = {}
 
@@ -89,9 +93,12 @@ class Candidates:
         if learner is not None:
             self._guard.tell(self._policy, "note_answer", lambda: learner.note_answer(prompt, turn, answer_tokens, now))
 
-    def may_drop(self, chunk: Chunk, outlook: Callable[[], Outlook]) -> bool:
-        """Whether the last copy of a victim may go for good."""
+    def may_drop(self, chunk: Chunk, copy: Copy, outlook: Callable[[], Outlook]) -> bool:
+        """Whether this copy of a victim may go with none below. Not the last one that others go on from; else the
+        policy says."""
         self.settle()
+        if chunk.key in self._catalog.families and not _has_other(chunk, copy):
+            return False
         position = None if chunk.next_use is None else self._queue.position(chunk.next_use)
         return self._guard.consult(
             self._policy,
@@ -113,12 +120,15 @@ class Candidates:
     def find_listing(self, chunk: Chunk, copy: Copy, family: Family | None) -> tuple[object, ...] | None:
         """How the copy should be listed now: None when it may not be evicted.
 
-        A copy with staying children in the same place is not a leaf there. A chunk with children anywhere keeps at
-        least one copy. Superseded and deleted chunks are dropped without asking a policy.
+        A copy with staying children in the same place is not a leaf there. The only copy of a chunk with children
+        anywhere may go no further than to a lower tier. Superseded and deleted chunks are dropped without asking a
+        policy.
         """
         if not copy.is_idle or copy.leaving or chunk.superseded or chunk.is_doomed:
             return None
-        if family is not None and (family.staying.get(copy.place) or not _has_other(chunk, copy)):
+        if family is not None and family.staying.get(copy.place):
+            return None
+        if family is not None and not _has_other(chunk, copy) and not self._fleet.has_below(copy.place):
             return None
         return (chunk.expired and chunk.next_use is None, chunk.last_used, chunk.next_use)
 

@@ -113,7 +113,7 @@ class Evictor:
                 return 0
         self._board.candidates.settle()
         is_candidate = copy.listed_as is not None  # making room below may have changed it
-        if is_candidate and self._board.candidates.may_drop(chunk, self._board.outlook):
+        if is_candidate and self._board.candidates.may_drop(chunk, copy, self._board.outlook):
             return self.drop(chunk, copy, Cause.EVICTED)
         return 0
 

@@ -164,6 +164,11 @@ class Fleet:
         node = self.nodes.get(node_id)
         return node.places if node else ()
 
+    def has_below(self, place: Place) -> bool:
+        """Whether what lies there can be moved to a lower tier of the same node."""
+        node = self.nodes.get(place.node_id)
+        return node is not None and node.below(place.tier) is not None
+
     def has_room(self, replica: Replica, num_tokens: int) -> bool:
         """Whether the replica can take a turn of so many tokens; one bigger than every replica runs alone."""
         if not replica.is_open:

@@ -137,6 +137,27 @@ def test_a_copy_leaves_only_when_the_one_below_is_written() -> None:
     assert driver.feed(answer(demotes[0])) == [m.Drop(node_id="n1", chunk=key_of(A), tier=Tier.DRAM)]
 
 
+def test_what_others_go_on_from_follows_them_down() -> None:
+    """Its only copy may not go for good while they are there, but it must not fill DRAM for ever either."""
+    driver = make(ssd=1000)
+    texts = [text(number, 8) for number in range(1, 7)]
+    fill(driver, *texts)
+    driver.wait(60.0)
+    assert only(driver.log, m.Decline) == []
+    everything = {info.key for tokens in texts for info in chunks_of(tokens)}
+    assert driver.stored() | driver.stored(Tier.SSD) == everything
+    assert {info.key for info in chunks_of(texts[0])} <= driver.stored(Tier.SSD)
+
+
+def test_the_last_copy_of_what_others_go_on_from_is_not_dropped() -> None:
+    """Where nothing can be written below, the longer chunks go first."""
+    driver = make(dram=100, ssd=50)
+    fill(driver, text(1, 8), text(2, 4), text(3, 4), text(4, 4))
+    head, tail = (info.key for info in chunks_of(text(1, 8)))
+    dropped = [(drop.chunk, drop.tier) for drop in only(driver.log, m.Drop)]
+    assert dropped.index((tail, Tier.SSD)) < dropped.index((head, Tier.SSD))
+
+
 def test_a_failed_demotion_keeps_the_copy_and_evicts_another() -> None:
     driver = make(ssd=1000, low_watermark=0.8)
     fill(driver, A, B, D, E)
