@@ -27,6 +27,7 @@ class Candidates:
     ) -> None:
         self.ordered: dict[Place, dict[ChunkKey, None]] = {}  # what the policy was told; also the safe default order
         self.expired: dict[Place, dict[ChunkKey, None]] = {}
+        self.aside: set[ChunkKey] = set()
         self._catalog, self._queue, self._fleet = catalog, queue, fleet
         self._policy, self._guard = policy, guard
         self._learner = learner_of(policy)
@@ -93,12 +94,9 @@ class Candidates:
         if learner is not None:
             self._guard.tell(self._policy, "note_answer", lambda: learner.note_answer(prompt, turn, answer_tokens, now))
 
-    def may_drop(self, chunk: Chunk, copy: Copy, outlook: Callable[[], Outlook]) -> bool:
-        """Whether this copy of a victim may go with none below. Not the last one that others go on from; else the
-        policy says."""
+    def may_drop(self, chunk: Chunk, outlook: Callable[[], Outlook]) -> bool:
+        """Whether the last copy of a victim may go for good."""
         self.settle()
-        if chunk.key in self._catalog.families and not _has_other(chunk, copy):
-            return False
         position = None if chunk.next_use is None else self._queue.position(chunk.next_use)
         return self._guard.consult(
             self._policy,
@@ -107,6 +105,18 @@ class Candidates:
             problem=lambda answer: None if isinstance(answer, bool) else f"answered {answer!r}, not True or False",
             default=lambda: position is None,
         )
+
+    def is_held(self, chunk: Chunk, copy: Copy) -> bool:
+        """Whether it is the only copy of what others go on from: it may move, but not go."""
+        return chunk.key in self._catalog.families and not _has_other(chunk, copy)
+
+    def set_aside(self, chunk: Chunk, is_aside: bool) -> None:
+        """A held copy that cannot move just now is no candidate, so that those behind it are found."""
+        if is_aside:
+            self.aside.add(chunk.key)
+        else:
+            self.aside.discard(chunk.key)
+        self.note(chunk)
 
     def find_next_use(self, chunk: Chunk) -> Order | None:
         """The first waiting turn among the marks for which this chunk is the representative."""
@@ -128,7 +138,8 @@ class Candidates:
             return None
         if family is not None and family.staying.get(copy.place):
             return None
-        if family is not None and not _has_other(chunk, copy) and not self._fleet.has_below(copy.place):
+        is_held = family is not None and not _has_other(chunk, copy)
+        if is_held and (chunk.key in self.aside or not self._fleet.has_below(copy.place)):
             return None
         return (chunk.expired and chunk.next_use is None, chunk.last_used, chunk.next_use)
 

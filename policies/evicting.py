@@ -111,9 +111,13 @@ class Evictor:
                 return copy.num_bytes
             if not self._board.has_failed(chunk.key, below) and self.make_room(below, chunk.num_bytes):
                 return 0
-        self._board.candidates.settle()
+        candidates = self._board.candidates
+        candidates.settle()
         is_candidate = copy.listed_as is not None  # making room below may have changed it
-        if is_candidate and self._board.candidates.may_drop(chunk, copy, self._board.outlook):
+        if is_candidate and candidates.is_held(chunk, copy):
+            candidates.set_aside(chunk, True)
+            self._board.timers.at(self._board.now + self._board.config.retry_s, candidates.set_aside, chunk, False)
+        elif is_candidate and candidates.may_drop(chunk, self._board.outlook):
             return self.drop(chunk, copy, Cause.EVICTED)
         return 0
 

@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,22 +22,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MIB = 1 << 20
-ONE_CLUSTER = ("tests/cluster", "tests/serving", "tests/web")
-"""Folders whose files share a running cluster."""
+LONGEST = ("tests/cluster", "tests/serving", "tests/web", "tests/bench")
+"""Folders with long tests: begun first, so that no process is left with one of them at the end."""
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2`: a file is run by one process, and so is a folder whose files share a cluster."""
-    from xdist.scheduler import LoadScopeScheduling
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -n 2`: a file is run by one process, and so are all files of a folder that use the folder's server."""
+    shared = {item.path for item in items if _uses_package_fixture(item)}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(str(item.path.parent if item.path in shared else item.path)))
+    ranks = {folder: rank for rank, folder in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.rpartition("/")[0], len(LONGEST)))
 
-    class ByCluster(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder = file.rpartition("/")[0]
-            return folder if folder in ONE_CLUSTER else file
 
-    return ByCluster(config, log)
+def _uses_package_fixture(item: pytest.Item) -> bool:
+    found = getattr(item, "_fixtureinfo", None)
+    return found is not None and any(one[-1].scope == "package" for one in found.name2fixturedefs.values())
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from policies import evicting
 from policies import messages as m
 from policies.messages import Cause, SchedulerConfig, Tier
 from tests.policies.driver import Driver, answer, only, the
@@ -147,6 +148,24 @@ def test_what_others_go_on_from_follows_them_down() -> None:
     everything = {info.key for tokens in texts for info in chunks_of(tokens)}
     assert driver.stored() | driver.stored(Tier.SSD) == everything
     assert {info.key for info in chunks_of(texts[0])} <= driver.stored(Tier.SSD)
+
+
+def test_what_cannot_move_down_keeps_nobody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full: the head stays where it is, as its tail lies below, and what came later goes for good."""
+    monkeypatch.setattr(evicting, "BATCH", 1)
+    monkeypatch.setattr(evicting, "MAX_TRIES", 1)
+    driver = make(ssd=1000, command_deadline_s=1e6, retry_s=1e3)
+    fill(driver, text(1, 8), B, D)
+    head, tail = (info.key for info in chunks_of(text(1, 8)))
+    commands = driver.offer(chunks_of(E))
+    while driver.stored(Tier.SSD) != {tail}:
+        commands = [new for command in commands if (event := answer(command)) for new in driver.feed(event)]
+    for number in range(5, 15):
+        failed = [m.CommandFailed(command=demote, reason="no space") for demote in only(commands, m.Demote)]
+        others = [event for command in commands if not isinstance(command, m.Demote) and (event := answer(command))]
+        commands = [*driver.feed(*failed, *others), *driver.offer(chunks_of(text(number, 4)))]
+    assert head in driver.stored()
+    assert {drop.chunk for drop in only(driver.log, m.Drop) if drop.chunk != tail}
 
 
 def test_the_last_copy_of_what_others_go_on_from_is_not_dropped() -> None:
