@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,21 +25,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 MIB = 1 << 20
 LONGEST = ("tests/cluster", "tests/serving", "tests/web", "tests/bench")
 """Folders with long tests: begun first, so that no process is left with one of them at the end."""
+TOGETHER = {
+    "tests/serving": ("test_administration.py", "test_door.py", "test_openai_client.py", "test_schema.py"),
+    "tests/web": ("test_access.py", "test_failures.py", "test_markdown.py", "test_memory.py", "test_page.py"),
+}
+"""Files that use their folder's server: apart, each would start one for itself."""
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`pytest -n 2`: a file is run by one process, and so are those that share a server."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder, _, name = file.rpartition("/")
+            return folder if name in TOGETHER.get(folder, ()) else file
+
+    return ByServer(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`pytest -n 2`: a file is run by one process, and so are all files of a folder that use the folder's server."""
-    shared = {item.path for item in items if _uses_package_fixture(item)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path.parent if item.path in shared else item.path)))
     ranks = {folder: rank for rank, folder in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.nodeid.rpartition("/")[0], len(LONGEST)))
-
-
-def _uses_package_fixture(item: pytest.Item) -> bool:
-    found = getattr(item, "_fixtureinfo", None)
-    return found is not None and any(one[-1].scope == "package" for one in found.name2fixturedefs.values())
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0].rpartition("/")[0], len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
