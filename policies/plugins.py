@@ -43,7 +43,7 @@ def require_verbs(kind: str, policy: object, verbs: tuple[str, ...]) -> None:
     if missing:
         raise ValueError(
             f"{kind} policy {type(policy).__qualname__} has no {', '.join(missing)}: "
-            f"see the contract in policies/{kind}.py"
+            f"see the contract in policies/{'eviction/contract' if kind == 'eviction' else kind}.py"
         )
 
 
@@ -106,19 +106,19 @@ class Guard:
             return default()
         watch = self.stopwatch
         began = watch() if watch is not None else 0.0
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             answer = ask()
-        except Exception as error:  # noqa: BLE001 - must not stop a turn
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - must not stop a turn
             failure = error
         if watch is not None and ((took_s := watch() - began) > self.limit_s or self._late):
             self._check_time(policy, verb, took_s, is_told=default is _nothing)
         if failure is not None:
-            self._note(policy, verb, f"raised {_words(failure)}", failure)
+            self.note_raised(policy, verb, failure)
             return default()
         try:
             trouble = problem(answer)
-        except Exception as error:  # noqa: BLE001 - the answer is foreign, too
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the answer is foreign, too
             trouble, failure = f"answered {reprlib.repr(answer)}, which cannot be used ({_words(error)})", error
         if trouble is None:
             return answer
@@ -128,6 +128,10 @@ class Guard:
     def tell(self, policy: object, verb: str, tell: Callable[[], None]) -> None:
         """Tell a policy something; its raising is recorded."""
         self.consult(policy, verb, tell, _no_problem, _nothing)
+
+    def note_raised(self, policy: object, verb: str, error: BaseException) -> None:
+        """The policy raised where no answer was wanted. When strict, PolicyError."""
+        self._note(policy, verb, f"raised {_words(error)}", error)
 
     def texts(self) -> list[str]:
         """For people: the first fault of each kind, in the order in which they came, and how often there were such."""
@@ -177,7 +181,7 @@ class Guard:
     # --- faults -------------------------------------------------------------------------------------------------------
 
     def _note(
-        self, policy: object, verb: str, problem: str, error: Exception | None = None, outcome: str = DEFAULT_TAKEN
+        self, policy: object, verb: str, problem: str, error: BaseException | None = None, outcome: str = DEFAULT_TAKEN
     ) -> None:
         name, where = type(policy).__qualname__, _where(policy, verb, error)
         if self.is_strict:
@@ -203,12 +207,12 @@ def _nothing() -> None:
     return None
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     """The exception's type and message, also of one that cannot print itself."""
     return traceback.format_exception_only(error)[-1].strip()
 
 
-def _where(policy: object, verb: str, error: Exception | None) -> str:
+def _where(policy: object, verb: str, error: BaseException | None) -> str:
     """The innermost line of the policy's own modules that raised; for a wrong answer, where the verb is defined."""
     modules = {cls.__module__ for cls in type(policy).__mro__ if cls is not object}
     trace, place = error.__traceback__ if error is not None else None, ""

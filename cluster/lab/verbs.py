@@ -9,12 +9,12 @@ from typing import Any, TextIO
 
 from cluster.lab import render
 from cluster.lab.showing import folder_of, progress, say, show, write
-from cluster.lab.wishes import evictions_of, source_of, wanted_of
+from cluster.lab.wishes import evictions_of, refuse_setup, source_of, wanted_of
 from policies.simulator.lab import logs, plots
 from policies.simulator.lab.errors import LabError
 from policies.simulator.lab.jobs import Job, Outcome, num_jobs_at_a_time, run_all
 from policies.simulator.lab.naming import Size, checked_policies, parse_numbers, short_name
-from policies.simulator.lab.score import cut, look_into, mean_regrets, problems_of
+from policies.simulator.lab.score import cut, faults_of, look_into, mean_regrets, problems_of
 from policies.simulator.lab.timed import TimedJob, by_load, timed_jobs, timed_rows
 from policies.simulator.lab.untimed import hit_rate_jobs, hit_rate_rows
 from policies.simulator.replay import Level
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, stdout: TextIO) -> int:
     row = {**found, "trace": options.trace, "policy": None}
     show(row, [render.single(row)], options.json, stdout)
     write(row, [row], out, plots.draw_causes)
-    return 0
+    return _tell([row])
 
 
 def compare(options: argparse.Namespace, stdout: TextIO) -> int:
@@ -53,6 +53,7 @@ def sweep(options: argparse.Namespace, stdout: TextIO) -> int:
 
 
 def _sweep_capacities(options: argparse.Namespace, stdout: TextIO) -> int:
+    refuse_setup(options)
     out = folder_of(options.out)
     rows = _hit_rates(options)
     found = {"trace": options.trace, "rows": rows}
@@ -120,7 +121,13 @@ def score(options: argparse.Namespace, stdout: TextIO) -> int:
     found = look_into(options.folder, level=options.level, limit=options.limit)
     for words in found.skipped.values():
         say(f"skipped: {words}")
-    untimed = [job for source, levels in found.traces for job in hit_rate_jobs(source, levels, percents, evictions)]
+    if not found.traces and not found.skipped:
+        raise LabError(f"{options.folder} holds no traces: name a folder with Parquet, JSONL or CSV files")
+    untimed = [
+        job
+        for source, levels in found.traces
+        for job in hit_rate_jobs(source, levels, percents, evictions, options.warm_up or 0.0, is_strict=options.strict)
+    ]
     timed = [
         job
         for source, _ in (found.traces if options.timed_turns else [])
@@ -150,7 +157,14 @@ def _regret_words(regrets: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _hit_rates(options: argparse.Namespace) -> list[Row]:
     percents = parse_numbers("--capacity", options.capacity, 100)
     warm_up = options.warm_up or 0.0
-    jobs = hit_rate_jobs(source_of(options), [Level(options.level)], percents, evictions_of(options), warm_up)
+    jobs = hit_rate_jobs(
+        source_of(options),
+        [Level(options.level)],
+        percents,
+        evictions_of(options),
+        warm_up,
+        is_strict=getattr(options, "strict", False),
+    )
     return hit_rate_rows(jobs, _outcomes(jobs, options.jobs))
 
 
@@ -165,8 +179,8 @@ def _outcomes(jobs: Sequence[Job], at_a_time: int | None) -> list[Outcome]:
 
 
 def _tell(rows: Sequence[Row]) -> int:
-    """Says what went wrong in single runs; the exit code."""
+    """Says what went wrong in single runs, and what policies did wrong in runs that went on; the exit code."""
     problems = problems_of(rows)
-    for words in problems:
+    for words in [*problems, *faults_of(rows)]:
         say(words)
     return 1 if problems else 0

@@ -26,6 +26,7 @@ def wanted_of(options: argparse.Namespace, load: str | None = None) -> Wanted:
         nodes=options.nodes,
         dram=_size("--dram", options.dram),
         ssd=_size("--ssd", options.ssd),
+        bucket=_size("--bucket", options.bucket),
         hardware=options.hardware,
         model=options.model,
         gpus=options.gpus,
@@ -34,6 +35,14 @@ def wanted_of(options: argparse.Namespace, load: str | None = None) -> Wanted:
         is_strict=options.strict,
         policies=checked_policies(given),
     )
+
+
+def refuse_setup(options: argparse.Namespace) -> None:
+    """LabError for choices that untimed runs know nothing of."""
+    names = ("nodes", "dram", "ssd", "bucket", "hardware", "model", "gpus", "advice", *POLICY_KINDS[1:])
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise LabError(f"{', '.join(given)}: untimed runs have no set-up; give --load as well for timed ones")
 
 
 def evictions_of(options: argparse.Namespace) -> list[str]:

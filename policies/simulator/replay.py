@@ -22,6 +22,7 @@ from policies.eviction.contract import EvictionPolicy, learner_of
 from policies.messages import Mark, Tier
 from policies.outlook import Outlook
 from policies.places import Place
+from policies.plugins import Guard
 from policies.queue import Order
 from policies.simulator.trace import Request, Trace, TraceError
 
@@ -66,22 +67,25 @@ def replay(
     max_run: int = 1 << 30,
     warm_up: float = 0.0,
     progress: Callable[[int], None] | None = None,
+    guard: Guard | None = None,
 ) -> Replay:
     """Run a trace from a cold start; the cache holds `share` (0 to 1) of its footprint.
 
     TraceError for a trace without block ids at block level: give it private blocks first (`shaping`). `max_run`: the
     longest run of blocks that a policy is told of as one. `warm_up`: the share of the requests, from the first on, that
     fill the cache and teach the policy and are not counted. `progress` hears the number of requests done, now and then.
+    `guard` notes what the policy does wrong; the least recently listed goes in place of a wrong answer.
     """
+    guard = guard or Guard()
     footprint = footprint_tokens(trace, level)
     if level is Level.SESSION:
         capacity = footprint * share
-        cache: Cache = SessionCache(policy, capacity)
+        cache: Cache = SessionCache(policy, capacity, guard)
     else:
         if not trace.block_tokens:
             raise TraceError(f"{trace.name} has no block ids: replay it at session level, or give it private blocks")
         capacity = int(footprint / trace.block_tokens * share) * trace.block_tokens
-        cache = BlockCache(policy, capacity, trace.block_tokens, max_run)
+        cache = BlockCache(policy, capacity, trace.block_tokens, max_run, guard)
     turns: Counter[int] = Counter()
     first_counted = int(warm_up * len(trace))
     input_tokens, hit_tokens, now = 0, 0, float("-inf")
@@ -134,11 +138,12 @@ class Run:
 
 
 class _Room:
-    """A policy over one place, and the time it is asked at."""
+    """A policy over one place, guarded: it may raise and answer nonsense."""
 
-    def __init__(self, policy: EvictionPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: EvictionPolicy, guard: Guard | None) -> None:
+        self._policy, self._guard = policy, guard or Guard()
         self._learner = learner_of(policy)
+        self._listed: dict[str, None] = {}  # what the policy was told, the latest last: also the safe default order
 
     @property
     def listens(self) -> bool:
@@ -146,26 +151,61 @@ class _Room:
         return self._learner is not None
 
     def hear(self, prompt: Sequence[Mark], now: float) -> None:
-        if self._learner is not None:
-            self._learner.note_prompt(prompt, now)
+        learner = self._learner
+        if learner is not None:
+            self._guard.tell(self._policy, "note_prompt", lambda: learner.note_prompt(prompt, now))
 
     def hear_answer(self, prompt: Sequence[Mark], turn: int, answer_tokens: int, now: float) -> None:
-        if self._learner is not None:
-            self._learner.note_answer(prompt, turn, answer_tokens, now)
+        learner = self._learner
+        if learner is not None:
+            self._guard.tell(self._policy, "note_answer", lambda: learner.note_answer(prompt, turn, answer_tokens, now))
+
+    def add(self, run: Run) -> None:
+        """A candidate, or one that changed."""
+        self._listed.pop(run.key, None)
+        self._listed[run.key] = None
+        try:
+            self._policy.add(PLACE, run)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code
+            self._guard.note_raised(self._policy, "add", error)
+
+    def remove(self, key: str, *, evicted: bool) -> None:
+        """A candidate no more."""
+        self._listed.pop(key, None)
+        try:
+            self._policy.remove(PLACE, key, evicted=evicted)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code
+            self._guard.note_raised(self._policy, "remove", error)
 
     def victim(self, outlook: Outlook) -> str:
-        (key,) = self.policy.victims(PLACE, 1, outlook)
+        (key,) = self._guard.consult(
+            self._policy,
+            "victims",
+            ask=lambda: tuple(self._policy.victims(PLACE, 1, outlook)),
+            problem=self._problem_with,
+            default=lambda: (next(iter(self._listed)),),
+        )
         return key
+
+    def _problem_with(self, keys: Sequence[str]) -> str | None:
+        if len(keys) != 1:
+            return f"named {len(keys)} chunks, not 1"
+        return None if keys[0] in self._listed else f"named a chunk that may not be evicted: {keys[0]!r}"
 
 
 class BlockCache:
     """Blocks in runs, up to `capacity_tokens`. Blocks of a request are touched tail first."""
 
     def __init__(
-        self, policy: EvictionPolicy, capacity_tokens: float, block_tokens: int, max_run: int = 1 << 30
+        self,
+        policy: EvictionPolicy,
+        capacity_tokens: float,
+        block_tokens: int,
+        max_run: int = 1 << 30,
+        guard: Guard | None = None,
     ) -> None:
         self.used_tokens = 0
-        self._room, self._policy = _Room(policy), policy
+        self._room = _Room(policy, guard)
         self._capacity, self._block_tokens, self._max_run = capacity_tokens, block_tokens, max_run
         self._max_gone = MAX_GONE
         self._run_of: dict[int, Run] = {}
@@ -185,7 +225,7 @@ class BlockCache:
             last.last_used, last.turn = now, turn
             last.prompt_tokens, last.answer_tokens = request.input_tokens, request.output_tokens
             if not last.children:
-                self._policy.add(PLACE, last)
+                self._room.add(last)
         self._room.hear_answer(prompt, turn, request.output_tokens, now)
         self._extend(last, request, num_held, turn, now)
         self._make_room(now)
@@ -217,8 +257,8 @@ class BlockCache:
         for child in run.children:
             child.parent = rest
         if not run.children:
-            self._policy.remove(PLACE, run.key, evicted=False)
-            self._policy.add(PLACE, rest)
+            self._room.remove(run.key, evicted=False)
+            self._room.add(rest)
         del run.blocks[at:]
         run.num_bytes = at * self._block_tokens
         run.children, run.num_uses = {rest}, 0  # what went through comes back when its children go
@@ -243,7 +283,7 @@ class BlockCache:
             )
             if last is not None:
                 if not last.children:
-                    self._policy.remove(PLACE, last.key, evicted=False)
+                    self._room.remove(last.key, evicted=False)
                 last.children.add(run)
             self._runs[run.key] = run
             for block in new:
@@ -251,7 +291,7 @@ class BlockCache:
             self.used_tokens += run.num_bytes
             first += len(new)
             last = run
-            self._policy.add(PLACE, run)
+            self._room.add(run)
 
     def _make_room(self, now: float) -> None:
         outlook = Outlook.without_queue(now)
@@ -267,11 +307,11 @@ class BlockCache:
             if not run.blocks:
                 self._drop(run)
             else:
-                self._policy.add(PLACE, run)  # it ends sooner now
+                self._room.add(run)  # it ends sooner now
 
     def _drop(self, run: Run) -> None:
         del self._runs[run.key]
-        self._policy.remove(PLACE, run.key, evicted=True)
+        self._room.remove(run.key, evicted=True)
         parent = run.parent
         if parent is None:
             return
@@ -281,15 +321,15 @@ class BlockCache:
             parent.prompt_tokens, parent.answer_tokens = run.prompt_tokens, run.answer_tokens
         parent.children.discard(run)
         if not parent.children:
-            self._policy.add(PLACE, parent)
+            self._room.add(parent)
 
 
 class SessionCache:
     """All of a session's KV, answers included, or nothing, as a system that stores whole conversations."""
 
-    def __init__(self, policy: EvictionPolicy, capacity_tokens: float) -> None:
+    def __init__(self, policy: EvictionPolicy, capacity_tokens: float, guard: Guard | None = None) -> None:
         self.used_tokens = 0
-        self._room, self._policy, self._capacity = _Room(policy), policy, capacity_tokens
+        self._room, self._capacity = _Room(policy, guard), capacity_tokens
         self._sessions: dict[str, Run] = {}
 
     def use(self, request: Request, turn: int, now: float) -> int:
@@ -310,10 +350,10 @@ class SessionCache:
             answer_tokens=request.output_tokens,
         )
         self.used_tokens += run.num_bytes - held_tokens
-        self._policy.add(PLACE, run)
+        self._room.add(run)
         outlook = Outlook.without_queue(now)
         while self.used_tokens > self._capacity:
             victim = self._room.victim(outlook)
             self.used_tokens -= self._sessions.pop(victim).num_bytes
-            self._policy.remove(PLACE, victim, evicted=True)
+            self._room.remove(victim, evicted=True)
         return min(held_tokens, request.input_tokens)

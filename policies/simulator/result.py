@@ -92,6 +92,8 @@ class SimulationResult:
     counters: Mapping[str, int]
     """The scheduler's."""
     policy_faults: Mapping[str, int]
+    policy_fault_texts: Sequence[str]
+    """The first of each kind, with file and line."""
     turns: Sequence[TurnRecord]
     """All turns in the order of submission, the warm-up first."""
     series: Series
@@ -159,6 +161,7 @@ def summarise(simulation: Simulation, seed: int) -> SimulationResult:
         peak_bytes=_peaks(simulation),
         counters=dict(sorted(snapshot["counters"].items())),
         policy_faults=snapshot["policy_faults"],
+        policy_fault_texts=tuple(snapshot["policy_fault_texts"]),
         turns=records,
         series=_series(simulation, records, end),
     )

@@ -31,6 +31,7 @@ from policies.simulator.result import SimulationResult, summarise
 from policies.simulator.setup import Setup
 from policies.simulator.trace import Request, Trace
 
+Stopwatch = Callable[[], float]
 EventSink = Callable[[float, m.Event, list[m.Command]], None]
 """Hears of every event, when it was handled, and the commands that came of it."""
 
@@ -56,10 +57,13 @@ def simulate(
     seed: int = 0,
     progress: Progress | None = None,
     event_sink: EventSink | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> SimulationResult:
     """Run the whole trace. `policies`: import paths or objects by kind (see POLICY_KINDS), in place of the set-up's; an
-    object serves one run. SetupError, TraceError with advice for what cannot be run."""
-    return Simulation(trace, setup, policies=policies, seed=seed, event_sink=event_sink).run(progress)
+    object serves one run. With a `stopwatch` (seconds) policies that are too slow are found out; then a run is as
+    deterministic as they are quick. SetupError, TraceError with advice for what cannot be run."""
+    simulation = Simulation(trace, setup, policies=policies, seed=seed, event_sink=event_sink, stopwatch=stopwatch)
+    return simulation.run(progress)
 
 
 def marker_of(trace: Trace, setup: Setup) -> Marker:
@@ -84,10 +88,11 @@ class Simulation:
         policies: Mapping[str, object] | None = None,
         seed: int = 0,
         event_sink: EventSink | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.trace, self.setup = trace, setup
         config, objects = _policies(setup.scheduler, policies or {})
-        self.scheduler = Scheduler(config, **objects)
+        self.scheduler = Scheduler(config, stopwatch=stopwatch, **objects)
         self.policy_names = {kind: _name_of(objects.get(kind, getattr(config, kind))) for kind in POLICY_KINDS}
         self.clock = Clock()
         self.around = Surroundings(self.clock, Random(seed), setup.failure_share)

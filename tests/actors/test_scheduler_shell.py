@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -116,13 +117,16 @@ def test_a_full_queue_refuses_further_turns() -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_a_caller_in_another_process_can_tell_a_full_queue() -> None:
     actor = ray.remote(SchedulerActor).options(num_cpus=0).remote(CONFIG, 60.0)
-    ref = actor.submit.remote(turn_of("a/1", A))
-    ray.wait([ref], timeout=1.0)
+    assert ray.get(actor.queue_view.remote(9), timeout=60) == []  # it runs: earlier calls may overtake one another
+    waiting = actor.submit.remote(turn_of("a/1", A))
+    while not ray.get(actor.queue_view.remote(9), timeout=60):
+        time.sleep(0.01)
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
-        ray.get(actor.submit.remote(turn_of("b/1", B), max_waiting=1))
+        ray.get(actor.submit.remote(turn_of("b/1", B), max_waiting=1), timeout=60)
     assert isinstance(caught.value.cause, QueueFull)
     assert caught.value.cause.num_waiting == 1
-    assert ray.get(actor.queue_view.remote(9))[0].turn_id == "a/1"
+    assert ray.get(actor.queue_view.remote(9), timeout=60)[0].turn_id == "a/1"
+    assert ray.wait([waiting], timeout=0)[0] == []
     ray.kill(actor)
 
 

@@ -98,6 +98,23 @@ def test_score_skips_what_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp
     assert list(found["skipped"]) == [str(tmp_path / "broken.parquet")]
 
 
+def test_a_folder_without_traces_is_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, said = lab(capsys, "score", str(tmp_path))
+    assert code == 2
+    assert "holds no traces" in said
+
+
+def test_what_a_policy_does_wrong_is_said_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    strange = "tests.simulator.test_lab:Strange"
+    for verb in ("run", "compare", "oracle"):
+        jobs = () if verb == "run" else ("--jobs", "1")
+        sizes = ("--capacity", "10") if verb == "oracle" else ("--dram", "10%", "--ssd", "0")
+        code, _, said = lab(capsys, verb, TRACE, "--eviction", strange, *sizes, *jobs)
+        assert code == 0
+        assert "Strange.victims" in said.replace("\n", "")
+        assert "test_lab.py:" in said.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -113,6 +130,10 @@ def test_score_skips_what_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp
         (("compare", TRACE, "--jobs", "0"), "--jobs"),
         (("replay", "nothing.jsonl"), "nothing.jsonl"),
         (("score", "nothing"), "nothing"),
+        (("score", str(Path(__file__).parent / "__init__.py")), "not a folder"),
+        (("sweep", TRACE, "--capacity", "5", "--nodes", "2", "--placement", "RoundRobin"), "--nodes, --placement"),
+        (("run", TRACE, "--bucket", "much"), "--bucket"),
+        (("run", "bogus:foo=1"), "zipf:"),
     ],
 )
 def test_wrong_input_is_one_line_and_2(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from policies.simulator.lab import logs
 from policies.simulator.lab.errors import LabError
 from policies.simulator.lab.jobs import Outcome, run_all, run_one
 from policies.simulator.lab.naming import LRU, ORACLE, Size, parse_numbers, parse_size, policy_path, short_name
-from policies.simulator.lab.score import look_into, mean_regrets
+from policies.simulator.lab.score import faults_of, look_into, mean_regrets
 from policies.simulator.lab.source import Source
 from policies.simulator.lab.timed import TimedJob, bytes_moved, timed_jobs, timed_rows
 from policies.simulator.lab.untimed import HitRateJob, hit_rate_jobs, hit_rate_rows, levels_of, regret
@@ -30,6 +31,23 @@ class Breaks(Lru):
 
     def add(self, *_: Any) -> None:
         raise RuntimeError("no idea")
+
+
+class Strange(Lru):
+    """Names what is not there."""
+
+    def victims(self, *_: Any) -> list[str]:
+        return ["nope"]
+
+
+class Slow(Lru):
+    """Thinks for longer than it may."""
+
+    def victims(self, *arguments: Any) -> Any:
+        end = time.thread_time() + 0.15
+        while time.thread_time() < end:
+            pass
+        return super().victims(*arguments)
 
 
 class Lacks:
@@ -152,7 +170,7 @@ def test_bytes_are_counted_once() -> None:
 def test_a_policy_that_breaks_is_named_and_the_others_run(job_type: type) -> None:
     broken = f"{__name__}:Breaks"
     if job_type is HitRateJob:
-        jobs: list[Any] = hit_rate_jobs(ZIPF, [Level.BLOCK], [10], [broken])
+        jobs: list[Any] = hit_rate_jobs(ZIPF, [Level.BLOCK], [10], [broken], is_strict=True)
     else:
         jobs = timed_jobs(CHAT, [Wanted(is_strict=True)], [broken], 0)
     told: list[int] = []
@@ -160,6 +178,20 @@ def test_a_policy_that_breaks_is_named_and_the_others_run(job_type: type) -> Non
     assert [bool(outcome.error) for outcome in outcomes] == [False, True, False]
     assert "Breaks" in outcomes[1].error
     assert told[-1] == 3
+
+
+@pytest.mark.parametrize("name", ["Breaks", "Strange"])
+@pytest.mark.parametrize("level", list(Level))
+def test_without_strict_the_safe_default_decides_and_the_fault_is_named(name: str, level: Level) -> None:
+    jobs = hit_rate_jobs(ZIPF, [level], [10], [f"{__name__}:{name}"])
+    (row,) = hit_rate_rows(jobs, [run_one(job) for job in jobs])
+    assert row["policies"][f"{__name__}:{name}"]["hit_rate"] >= 0
+    assert any(f"{name}." in words and __file__ in words for words in faults_of([row]))
+
+
+def test_a_slow_policy_is_named() -> None:
+    outcome = run_one(TimedJob(source=CHAT, wanted=Wanted(dram=Size(0.05, "share")), eviction=f"{__name__}:Slow"))
+    assert any("more than policy_limit_s" in text and __file__ in text for text in faults_of([outcome.found]))
 
 
 def test_a_folder_is_judged_file_by_file(tmp_path: Path) -> None:

@@ -62,3 +62,9 @@ def problems_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What went wrong in single rows, each problem once."""
     said = [error for row in rows for error in (*row.get("errors", ()), *([row["error"]] if row.get("error") else []))]
     return list(dict.fromkeys(said))
+
+
+def faults_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What policies did wrong, with file and line, each once; the runs went on."""
+    texts = [text for row in rows for text in (row.get("policy_fault_texts") or row.get("policy_faults") or ())]
+    return list(dict.fromkeys(f"policy fault: {text}" for text in texts))

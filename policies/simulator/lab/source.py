@@ -54,7 +54,7 @@ def _read(source: Source) -> Trace:
             return read_trace(source.text, format=source.format, limit=source.limit)
         made = replace(make_trace(source.text), name=source.text)
     except TraceError as error:
-        if "://" in source.text or "/" in source.text or ":" in source.text:
+        if "/" in source.text or os.path.exists(source.text):
             raise
         raise LabError(f"{error}; or make a trace: {', '.join(f'{name}:...' for name in GENERATORS)}") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,7 @@ class TimedJob:
         policies: dict[str, object] = {}
         if self.eviction is not None:
             policies["eviction"] = timed_oracle(trace, setup) if self.eviction == ORACLE else self.eviction
-        result = simulate(trace, setup, policies=policies, seed=self.seed, progress=told)
+        result = simulate(trace, setup, policies=policies, seed=self.seed, progress=told, stopwatch=time.thread_time)
         figures = score(result)
         figures |= {"trace": trace.name, "setup": setup.name, "chunk_tokens": setup.chunk_tokens}
         figures |= {"tier_bytes": {str(tier): size for tier, size in setup.tier_bytes.items()}}
@@ -66,6 +67,7 @@ def score(result: SimulationResult) -> dict[str, Any]:
         "reused": dict(result.reused),
         "recomputed": dict(result.recomputed),
         "policy_faults": dict(result.policy_faults),
+        "policy_fault_texts": list(result.policy_fault_texts),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.eviction import EvictionPolicy
 from policies.import_path import describe
-from policies.plugins import PolicyError, load_policy
+from policies.plugins import Guard, PolicyError, load_policy
 from policies.simulator.lab.errors import LabError
 from policies.simulator.lab.jobs import Outcome
 from policies.simulator.lab.naming import LRU, ORACLE, short_name
@@ -34,16 +34,19 @@ class HitRateJob:
     """An import path, or ORACLE."""
     warm_up: float = 0.0
     """Share of the requests, from the first on, that are replayed and not counted."""
+    is_strict: bool = False
+    """The policy's first fault ends the run; otherwise its faults are told and a safe default decides."""
 
     @property
     def words(self) -> str:
         return f"{self.source.text}: {short_name(self.policy)}, {self.percent:g} % {self.level}"
 
     def run(self, told: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-        """hit_rate (0 to 1), capacity_tokens, footprint_tokens."""
+        """hit_rate (0 to 1), capacity_tokens, footprint_tokens, and policy_faults in words if there are any."""
         trace = _with_blocks(self.source.load(), self.level)
         policy, max_run = self._policy(trace), 1 if self.policy == ORACLE else 1 << 30
         progress = None if told is None else lambda done: told(done, len(trace))
+        guard = Guard(is_strict=self.is_strict)
         try:
             done = replay(
                 trace,
@@ -53,8 +56,9 @@ class HitRateJob:
                 max_run=max_run,
                 warm_up=self.warm_up,
                 progress=progress,
+                guard=guard,
             )
-        except TraceError:
+        except (TraceError, PolicyError):
             raise
         except Exception as error:  # foreign code
             raise PolicyError(f"eviction policy {self.policy!r} on {trace.name}: {describe(error)}") from error
@@ -63,6 +67,7 @@ class HitRateJob:
             "hit_rate": done.hit_rate,
             "capacity_tokens": round(done.capacity_tokens),
             "footprint_tokens": done.footprint_tokens,
+            **({"policy_faults": guard.texts()} if guard.num_faults else {}),
         }
 
     def _policy(self, trace: Trace) -> EvictionPolicy:
@@ -82,14 +87,20 @@ def levels_of(trace: Trace) -> list[Level]:
 
 
 def hit_rate_jobs(
-    source: Source, levels: Iterable[Level], percents: Sequence[float], policies: Sequence[str], warm_up: float = 0.0
+    source: Source,
+    levels: Iterable[Level],
+    percents: Sequence[float],
+    policies: Sequence[str],
+    warm_up: float = 0.0,
+    *,
+    is_strict: bool = False,
 ) -> list[HitRateJob]:
     """For every level and capacity: LRU, the policies, the oracle. LabError for a warm-up of everything."""
     if not 0 <= warm_up < 1:
         raise LabError(f"--warm-up is {warm_up}: give a share from 0 to below 1")
     names = list(dict.fromkeys((LRU, *policies, ORACLE)))
     return [
-        HitRateJob(source=source, level=level, percent=percent, policy=name, warm_up=warm_up)
+        HitRateJob(source=source, level=level, percent=percent, policy=name, warm_up=warm_up, is_strict=is_strict)
         for level in levels
         for percent in percents
         for name in names
@@ -104,7 +115,9 @@ def hit_rate_rows(jobs: Sequence[HitRateJob], outcomes: Sequence[Outcome]) -> li
             (job.source, job.level, job.percent),
             {"trace": job.source.text, "level": str(job.level), "capacity_percent": job.percent, "policies": {}},
         )
-        row.update({name: value for name, value in outcome.found.items() if name != "hit_rate"})
+        plain = {name: value for name, value in outcome.found.items() if name not in ("hit_rate", "policy_faults")}
+        row.update(plain)
+        row.setdefault("policy_faults", []).extend(outcome.found.get("policy_faults", ()))
         if outcome.error:
             row.setdefault("errors", []).append(outcome.error)
         rate = outcome.found.get("hit_rate")

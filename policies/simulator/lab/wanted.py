@@ -58,6 +58,8 @@ class Wanted:
     dram: Size | None = None
     """Of one node, like `ssd`."""
     ssd: Size | None = None
+    bucket: Size | None = None
+    """Object storage, of all nodes together."""
     hardware: str | None = None
     model: str | None = None
     gpus: int | None = None
@@ -104,7 +106,7 @@ class Wanted:
         load = f"load {self.load}" if isinstance(self.load, str) else f"load {self.load:g}" if self.load else ""
         words = [self.setup, load] if load else [base.name]
         words += [f"{self.nodes} nodes"] if self.nodes else []
-        for name in ("dram", "ssd"):
+        for name in ("dram", "ssd", "bucket"):
             size: Size | None = getattr(self, name)
             if size is not None:
                 amount = f"{size.amount:.3g} of the footprint" if size.unit == "share" else f"{size.amount:.3g}"
@@ -118,7 +120,8 @@ class Wanted:
         had = setup.tier_bytes
         dram = had.get(Tier.DRAM, 0) if self.dram is None else self.dram.in_bytes(per_token, tokens)
         ssd = had.get(Tier.SSD, 0) if self.ssd is None else self.ssd.in_bytes(per_token, tokens)
-        return TierBudgets(dram=dram, ssd=ssd, bucket=had.get(Tier.OBJECT, 0))
+        bucket = had.get(Tier.OBJECT, 0) if self.bucket is None else self.bucket.in_bytes(per_token, tokens)
+        return TierBudgets(dram=dram, ssd=ssd, bucket=bucket)
 
 
 def _fitting(chunk_tokens: int, trace: Trace) -> int:
