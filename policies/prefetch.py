@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from policies.messages import ChunkKey, NodeId, Tier, TurnId
@@ -56,25 +57,32 @@ class LookAhead:
 
 
 class LookAheadBudget:
-    """`LookAhead` with a share of the links: at most `bytes` are chosen in one pass (one call of `choose`).
+    """`LookAhead` with a share of the links: at most `bytes` in one pass (one call of `choose`), and at most
+    `bytes_per_s` on average, with bursts of a second's worth (a token bucket).
 
     A need that does not fit any more is passed over and smaller ones behind it are taken; one larger than the whole
     budget is never fetched ahead, and its turn reads it from where it is.
     """
 
-    def __init__(self, bytes: int) -> None:  # noqa: A002 - an option's name, for people
-        if bytes < 0:
-            raise ValueError("LookAheadBudget takes bytes of 0 or more; 0 fetches nothing")
-        self._budget_bytes = bytes
+    def __init__(self, bytes: float = inf, bytes_per_s: float = inf) -> None:  # noqa: A002 - for people
+        if not (bytes >= 0 and bytes_per_s >= 0):
+            raise ValueError("LookAheadBudget takes bytes and bytes_per_s of 0 or more; 0 fetches nothing")
+        self._pass_bytes, self._rate = bytes, bytes_per_s
+        self._left_bytes, self._filled_at = bytes_per_s, 0.0
 
     def window(self, outlook: Outlook) -> int:
-        return outlook.prefetch_window if self._budget_bytes else 0
+        """Also told what time it is."""
+        if self._rate < inf:
+            self._left_bytes = min(self._rate, self._left_bytes + (outlook.now - self._filled_at) * self._rate)
+            self._filled_at = outlook.now
+        return outlook.prefetch_window if self._pass_bytes and self._rate else 0
 
     def choose(self, needs: Sequence[FetchNeed]) -> Sequence[FetchNeed]:
         chosen: list[FetchNeed] = []
-        left_bytes = self._budget_bytes
+        left_bytes = min(self._pass_bytes, self._left_bytes)
         for need in needs:
             if need.num_bytes <= left_bytes:
                 left_bytes -= need.num_bytes
+                self._left_bytes -= need.num_bytes
                 chosen.append(need)
         return chosen

@@ -26,7 +26,8 @@ class _Score:
 
 
 class Lfu(Ranked):
-    """Least frequently used first, with uses that count half after every half-life; among equals the deeper chunk.
+    """Least frequently used first, with uses that count half after every half-life; among equals the deeper chunk
+    (the fading count of LRFU, Lee et al., IEEE Transactions on Computers 2001).
 
     The count at `now` is sum(2 ** ((t - now) / half_life)) over the uses at t. Its order is the same at every `now`, so
     a chunk's rank is log2(sum(2 ** (t / half_life))) and changes with its uses alone. A short half-life comes close to

@@ -10,14 +10,14 @@ from policies.places import Place
 
 
 class Fifo(Ranked):
-    """First stored, first out; among equals the deeper chunk."""
+    """First stored, first out (Belady, IBM Systems Journal 1966); among equals the deeper chunk."""
 
     def _rank(self, place: Place, chunk: ChunkFacts) -> tuple[Any, ...]:  # noqa: ARG002 - the contract
         return (chunk.stored_at, -chunk.start)
 
 
 class Lru(Ranked):
-    """Least recently used first; among equals the deeper chunk."""
+    """Least recently used first (Mattson et al., IBM Systems Journal 1970); among equals the deeper chunk."""
 
     def _rank(self, place: Place, chunk: ChunkFacts) -> tuple[Any, ...]:  # noqa: ARG002 - the contract
         return (chunk.last_used, -chunk.start)

@@ -7,7 +7,7 @@ nothing of time passing; `engine.py` and `links.py` turn rates into durations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,20 +18,30 @@ class SetupError(ValueError):
     """A set-up that cannot be; the message says which figure and what to do."""
 
 
-def require_positive(what: object, names: Iterable[str], advice: str) -> None:
-    """SetupError unless these attributes are finite numbers above 0."""
-    for name in names:
-        value = getattr(what, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise SetupError(f"{type(what).__name__}.{name} is {value}: {advice}")
+MAX_RATE = 1e15
+"""Bytes per second, more than anything has."""
+
+
+def require_positive(what: object, names: Iterable[str], advice: str, highest: float = math.inf) -> None:
+    """SetupError unless these attributes are finite numbers above 0, and not above the highest."""
+    _require(what, names, advice, lambda value: 0 < value <= highest)
 
 
 def require_not_negative(what: object, names: Iterable[str], advice: str) -> None:
     """SetupError unless these attributes are finite numbers of 0 or more."""
+    _require(what, names, advice, lambda value: value >= 0)
+
+
+def require_whole(what: object, names: Iterable[str], advice: str) -> None:
+    """SetupError unless these attributes are whole numbers of 1 or more."""
+    _require(what, names, advice, lambda value: value >= 1 and value == int(value))
+
+
+def _require(what: object, names: Iterable[str], advice: str, is_good: Callable[[float], bool]) -> None:
     for name in names:
         value = getattr(what, name)
-        if not (value >= 0 and math.isfinite(value)):
-            raise SetupError(f"{type(what).__name__}.{name} is {value}: {advice}")
+        if not (isinstance(value, int | float) and math.isfinite(value) and is_good(value)):
+            raise SetupError(f"{type(what).__name__}.{name} is {value!r}: {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,7 @@ class LinkSpeeds:
 
     def __post_init__(self) -> None:
         rates = ("dram_load", "dram_save", "ssd_read", "ssd_write", "network", "object_read", "object_write")
-        require_positive(self, rates, "give bytes per second above 0, for example 26e9")
+        require_positive(self, rates, "give bytes per second above 0, for example 26e9", highest=MAX_RATE)
         latencies = ("ssd_latency_s", "network_latency_s", "object_latency_s")
         require_not_negative(self, latencies, "give seconds, 0 or more")
 
@@ -78,7 +88,7 @@ class EngineSpeed:
 
     def __post_init__(self) -> None:
         require_positive(self, ("prefill_s_per_token",), "give seconds above 0, for example 1e-4 (10,000 tokens/s)")
-        require_positive(self, ("max_step_tokens", "kv_tokens"), "give a number of tokens above 0")
+        require_whole(self, ("max_step_tokens", "kv_tokens"), "give a whole number of tokens above 0")
         costs = (
             "prefill_s_per_token_and_context",
             "step_s",

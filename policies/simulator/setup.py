@@ -14,9 +14,11 @@ from policies.simulator.hardware import (
     SetupError,
     require_not_negative,
     require_positive,
+    require_whole,
 )
 
 UNITS = ("bytes", "tokens")
+MIN_TICK_S = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,10 @@ class Setup:
             "chunk_tokens",
             "num_loaders",
         )
-        require_positive(self, (*counts, "num_windows"), "give a whole number of 1 or more")
-        require_positive(self, ("load_deadline_s", "tick_s"), "give seconds above 0")
+        require_whole(self, (*counts, "num_windows"), "give a whole number of 1 or more")
+        require_positive(self, ("load_deadline_s",), "give seconds above 0")
+        if not (isinstance(self.tick_s, int | float) and MIN_TICK_S <= self.tick_s < math.inf):
+            raise SetupError(f"Setup.tick_s is {self.tick_s!r}: give {MIN_TICK_S} seconds or more")
         require_not_negative(self, ("drop_s", "advice_s"), "give seconds, 0 or more")
         for name in ("failure_share", "warm_up"):
             if not 0 <= getattr(self, name) < 1:

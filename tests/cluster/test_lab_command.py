@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,9 @@ def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixt
         main(["lab", verb, "--help"])
     assert end.value.code == 0
     assert f"  reprise lab {verb}" in capsys.readouterr().out
+
+
+def test_the_example_experiment_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "policy_experiment.py"))
+    assert script["experiment"](script["LOYAL"], str(tmp_path / "run.jsonl")) == 0
+    assert "all commands equal" in capsys.readouterr().out

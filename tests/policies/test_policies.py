@@ -99,6 +99,17 @@ class TestLookAheadBudget(PrefetchContract):
         with pytest.raises(ValueError, match="0 or more"):
             LookAheadBudget(bytes=-1)
 
+    def test_so_many_bytes_a_second(self) -> None:
+        """100 at once, then what has come together since."""
+        policy = LookAheadBudget(bytes_per_s=sum(need.num_bytes for need in self.NEEDS[:2]))
+        policy.window(replace(OUTLOOK, now=10.0))
+        assert list(policy.choose(self.NEEDS)) == list(self.NEEDS[:2])
+        policy.window(replace(OUTLOOK, now=10.0))
+        assert list(policy.choose(self.NEEDS[:2])) == []
+        policy.window(replace(OUTLOOK, now=11.0))
+        assert list(policy.choose(self.NEEDS[:2])) == list(self.NEEDS[:2])
+        assert LookAheadBudget(bytes_per_s=0).window(OUTLOOK) == 0
+
 
 class TestOff(PrefetchContract):
     @pytest.fixture

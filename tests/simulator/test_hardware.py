@@ -59,9 +59,9 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         model_named("gpt-9")
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e30, "fast"])
 @pytest.mark.parametrize("name", ["dram_load", "ssd_write", "network"])
-def test_impossible_links_are_refused(name: str, value: float) -> None:
+def test_impossible_links_are_refused(name: str, value: Any) -> None:
     with pytest.raises(SetupError, match=name):
         replace(LINKS, **{name: value})
 
@@ -78,6 +78,7 @@ def test_an_ssd_faster_than_dram_is_odd_but_allowed() -> None:
         ({"step_s": -1.0}, "step_s"),
         ({"step_s": 0.0, "step_s_per_turn": 0.0}, "takes no time"),
         ({"kv_tokens": 0}, "kv_tokens"),
+        ({"kv_tokens": 0.5}, "kv_tokens"),
         ({"max_step_tokens": -5}, "max_step_tokens"),
     ],
 )
@@ -108,7 +109,11 @@ def test_an_impossible_model_is_refused() -> None:
     ("changes", "advice"),
     [
         ({"num_nodes": 0}, "num_nodes"),
+        ({"num_nodes": 1.5}, "num_nodes"),
+        ({"num_nodes": "3"}, "num_nodes"),
         ({"chunk_tokens": 0}, "chunk_tokens"),
+        ({"chunk_tokens": 0.5}, "chunk_tokens"),
+        ({"tick_s": 1e-12}, "tick_s"),
         ({"offered_load": -0.5}, "offered_load"),
         ({"offered_load": math.nan}, "offered_load"),
         ({"warm_up": 1.0}, "warm_up"),
