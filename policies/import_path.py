@@ -79,9 +79,15 @@ def _find_class(path: ImportPath) -> type:
     module = _run_file(path.source) if path.source.endswith(".py") else _import(path.source)
     factory = getattr(module, path.name, None)
     if not isinstance(factory, type):
-        known = ", ".join(sorted(name for name, value in vars(module).items() if isinstance(value, type)))
+        own = [value for value in vars(module).values() if isinstance(value, type) and _is_from(value, module)]
+        known = ", ".join(sorted({value.__name__ for value in own}))
         raise ValueError(f"{path.source!r} has no class {path.name!r}, it has: {known}")  # noqa: TRY004 - of its text
     return factory
+
+
+def _is_from(value: type, module: ModuleType) -> bool:
+    """Made there or, for a package, in one of its modules; a contract is no choice."""
+    return f"{value.__module__}.".startswith(f"{module.__name__}.") and not getattr(value, "_is_protocol", False)
 
 
 def _import(name: str) -> ModuleType:
