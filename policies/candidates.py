@@ -27,7 +27,7 @@ class Candidates:
     ) -> None:
         self.ordered: dict[Place, dict[ChunkKey, None]] = {}  # what the policy was told; also the safe default order
         self.expired: dict[Place, dict[ChunkKey, None]] = {}
-        self.aside: set[ChunkKey] = set()
+        self._aside: set[ChunkKey] = set()
         self._catalog, self._queue, self._fleet = catalog, queue, fleet
         self._policy, self._guard = policy, guard
         self._learner = learner_of(policy)
@@ -110,13 +110,17 @@ class Candidates:
         """Whether it is the only copy of what others go on from: it may move, but not go."""
         return chunk.key in self._catalog.families and not _has_other(chunk, copy)
 
-    def set_aside(self, chunk: Chunk, is_aside: bool) -> None:
-        """A held copy that cannot move just now is no candidate, so that those behind it are found."""
-        if is_aside:
-            self.aside.add(chunk.key)
-        else:
-            self.aside.discard(chunk.key)
+    def set_aside(self, chunk: Chunk) -> None:
+        """Its held copy cannot move just now and is no candidate until `take_back`: those behind it are to be found."""
+        self._aside.add(chunk.key)
         self.note(chunk)
+
+    def take_back(self, key: ChunkKey) -> None:
+        """The chunk may be gone by now, or be another one under the same key."""
+        self._aside.discard(key)
+        chunk = self._catalog.chunks.get(key)
+        if chunk is not None:
+            self.note(chunk)
 
     def find_next_use(self, chunk: Chunk) -> Order | None:
         """The first waiting turn among the marks for which this chunk is the representative."""
@@ -138,8 +142,8 @@ class Candidates:
             return None
         if family is not None and family.staying.get(copy.place):
             return None
-        is_held = family is not None and not _has_other(chunk, copy)
-        if is_held and (chunk.key in self.aside or not self._fleet.has_below(copy.place)):
+        is_held = family is not None and self.is_held(chunk, copy)
+        if is_held and (chunk.key in self._aside or not self._fleet.has_below(copy.place)):
             return None
         return (chunk.expired and chunk.next_use is None, chunk.last_used, chunk.next_use)
 

@@ -115,8 +115,8 @@ class Evictor:
         candidates.settle()
         is_candidate = copy.listed_as is not None  # making room below may have changed it
         if is_candidate and candidates.is_held(chunk, copy):
-            candidates.set_aside(chunk, True)
-            self._board.timers.at(self._board.now + self._board.config.retry_s, candidates.set_aside, chunk, False)
+            candidates.set_aside(chunk)
+            self._board.timers.at(self._board.now + self._board.config.retry_s, candidates.take_back, chunk.key)
         elif is_candidate and candidates.may_drop(chunk, self._board.outlook):
             return self.drop(chunk, copy, Cause.EVICTED)
         return 0

@@ -130,7 +130,7 @@ class Guard:
         self.consult(policy, verb, tell, _no_problem, _nothing)
 
     def note_raised(self, policy: object, verb: str, error: BaseException) -> None:
-        """The policy raised where no answer was wanted. When strict, PolicyError."""
+        """A fault: the policy raised. PolicyError when strict."""
         self._note(policy, verb, f"raised {_words(error)}", error)
 
     def texts(self) -> list[str]:

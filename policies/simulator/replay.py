@@ -76,7 +76,6 @@ def replay(
     fill the cache and teach the policy and are not counted. `progress` hears the number of requests done, now and then.
     `guard` notes what the policy does wrong; the least recently listed goes in place of a wrong answer.
     """
-    guard = guard or Guard()
     footprint = footprint_tokens(trace, level)
     if level is Level.SESSION:
         capacity = footprint * share
@@ -138,7 +137,10 @@ class Run:
 
 
 class _Room:
-    """A policy over one place, guarded: it may raise and answer nonsense."""
+    """A policy over one place, guarded: it may raise and answer nonsense.
+
+    `add` and `remove` are called for every run of every request, so they go without `Guard.tell` and its closure.
+    """
 
     def __init__(self, policy: EvictionPolicy, guard: Guard | None) -> None:
         self._policy, self._guard = policy, guard or Guard()

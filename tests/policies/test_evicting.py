@@ -166,6 +166,9 @@ def test_what_cannot_move_down_keeps_nobody_behind_it(monkeypatch: pytest.Monkey
         commands = [*driver.feed(*failed, *others), *driver.offer(chunks_of(text(number, 4)))]
     assert head in driver.stored()
     assert {drop.chunk for drop in only(driver.log, m.Drop) if drop.chunk != tail}
+    num_before = len(driver.log)
+    driver.obey([*commands, *driver.wait(2e3), *driver.offer(chunks_of(text(20, 4)))])
+    assert head in {demote.chunk for demote in only(driver.log[num_before:], m.Demote)}, "tried again, after retry_s"
 
 
 def test_the_last_copy_of_what_others_go_on_from_is_not_dropped() -> None:
