@@ -10,8 +10,9 @@ Shapes: T tokens, H heads, D head dim, d rotary dim (even, d <= D).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, local
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from actors.engine.hooks import IdentityRotary
 
 _MIN_TABLE = 256
 _PARALLEL_FROM = 32_768  # torch splits an elementwise operation among threads from this many elements on
+_SCRATCH_ELEMENTS = 524_288  # 2 MiB of float32 for each thread that rotates 16-bit floats: they stay in its cache
 _SIMD_LANES = 8  # complex64 numbers in the widest vector register
 
 
@@ -177,23 +179,40 @@ class Rotation:
 
 
 def _rotate_pairs(out: Tensor, x: Tensor, phases: Tensor) -> None:
-    """Paired x [T, H, d] by complex64 phases [T, d/2] into `out`, a few rows at a time on a CPU.
+    """Paired x [T, H, d] by complex64 phases [T, d/2] into `out`, in parts on a CPU.
 
     torch's complex multiply rounds differently (fused or not) in vector registers and in the scalar rest of a loop, and
-    where the rest falls depends on how threads split the work. On a CPU it is therefore given whole rows of whole
-    registers, few enough to stay on one thread; rows that do not fill registers take real arithmetic. Few rows also
-    stay in the cache where 16-bit floats take a detour through float32.
+    where the rest falls depends on how threads split the work. On a CPU it is therefore given parts that threads split
+    between rows, and rows of whole registers; rows that do not fill registers take real arithmetic.
     """
     factors = phases.unsqueeze(1)
-    on_cpu = x.device.type == "cpu"
-    multiply = _multiply_real if on_cpu and phases.shape[-1] % _SIMD_LANES else _multiply
-    rows = max(1, (_PARALLEL_FROM - 1) // (x.shape[1] * phases.shape[-1]))
-    if not on_cpu or x.shape[0] <= rows:
-        multiply(out, x, factors)
+    if x.device.type != "cpu":
+        _multiply(out, x, factors)
         return
-    for start in range(0, x.shape[0], rows):
-        part = slice(start, start + rows)
+    row_size = x.shape[1] * phases.shape[-1]
+    multiply = _multiply_real if phases.shape[-1] % _SIMD_LANES else _multiply
+    start = 0
+    for num_rows in row_parts(x.shape[0], row_size, torch.get_num_threads()):
+        part = slice(start, start + num_rows)
         multiply(out[part], x[part], factors[part])
+        start += num_rows
+
+
+def row_parts(num_rows: int, row_size: int, num_threads: int) -> Iterator[int]:
+    """Sizes of parts, together `num_rows`, which torch gives to one thread each or splits between rows.
+
+    It uses as many threads as there are full or begun runs of _PARALLEL_FROM elements, but not more than it has, and
+    gives each the same count. Parts are as large as the scratch buffer: a call costs as much as many rows.
+    """
+    most = max(1, _SCRATCH_ELEMENTS // (2 * row_size))
+    while num_rows:
+        size = min(num_rows, most)
+        if num_threads > 1 and size * row_size >= _PARALLEL_FROM:
+            split = size - size % num_threads
+            uses_all_threads = split * row_size > (num_threads - 1) * _PARALLEL_FROM
+            size = split if split and uses_all_threads else max(1, (_PARALLEL_FROM - 1) // row_size)
+        yield size
+        num_rows -= size
 
 
 def _multiply(out: Tensor, x: Tensor, factors: Tensor) -> None:
@@ -201,9 +220,31 @@ def _multiply(out: Tensor, x: Tensor, factors: Tensor) -> None:
     if _has_complex_view(x) and _has_complex_view(out):
         torch.mul(_as_complex(x), factors, out=_as_complex(out))
     else:
-        turned = x.to(torch.float32, copy=True)  # in x's order where it is dense: long runs of neighbours
+        turned = _scratch_like(x).copy_(x)
         _as_complex(turned).mul_(factors)
         out.copy_(turned)
+
+
+class _Scratch(local):
+    """Memory that stays: pages of a fresh buffer cost more than the multiply."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(mode=False):
+            self.buffer = torch.empty(_SCRATCH_ELEMENTS, dtype=torch.float32)
+
+
+_SCRATCH = _Scratch()
+
+
+def _scratch_like(x: Tensor) -> Tensor:
+    """float32 of x's shape [T, H, d], in x's order where it is dense: long runs of neighbours. Until the next call."""
+    if x.device.type != "cpu" or x.numel() > _SCRATCH_ELEMENTS:
+        return torch.empty_like(x, dtype=torch.float32)
+    flat = _SCRATCH.buffer[: x.numel()]
+    num_tokens, num_heads, dim = x.shape
+    if x.stride(0) < x.stride(1):
+        return flat.view(num_heads, num_tokens, dim).transpose(0, 1)
+    return flat.view(x.shape)
 
 
 def _multiply_real(out: Tensor, x: Tensor, factors: Tensor) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from actors.engine.hooks import IdentityRotary, rotary_identity, wrap_rotary
-from actors.engine.rope import PairLayout, PhaseTable, Rotation, module_phases
+from actors.engine.rope import PairLayout, PhaseTable, Rotation, module_phases, row_parts
 from tests.engine.models import LONGROPE, build, loaded
 
 
@@ -51,8 +53,8 @@ def _rotation(kind: str, place: str, d: int, head_dim: int) -> Rotation:
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
-    torch.set_num_threads(3)
+def restored_threads() -> Iterator[None]:
+    """For tests that set torch's number of threads."""
     yield
     torch.set_num_threads(1)
 
@@ -82,12 +84,17 @@ def test_rotation_is_the_textbook_one(kind: str, place: str, d: int, head_dim: i
 
 @pytest.mark.parametrize(("d", "heads"), [(4, 1), (16, 1), (16, 3), (128, 1), (128, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("three_threads")
+@pytest.mark.usefixtures("restored_threads")
 def test_bits_do_not_depend_on_shape_or_threads(d: int, heads: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(3)
     rotation = _rotation("half", "leading", d, d)
     x = torch.randn(1501, heads, d).to(dtype)
     phases = rotation.phases(torch.arange(1501), 1501)
     whole = rotation.rotate(x, phases)
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        assert torch.equal(whole, rotation.rotate(x, phases))
+    torch.set_num_threads(3)
     pieces = [rotation.rotate(x[i : i + 7], phases[i : i + 7]) for i in range(0, 1501, 7)]
     head_major = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(whole, torch.cat(pieces))
@@ -98,6 +105,24 @@ def test_bits_do_not_depend_on_shape_or_threads(d: int, heads: int, dtype: torch
         assert torch.equal(whole, pool[300:1801])
         assert not pool[:300].any()
         assert not pool[1801:].any()
+
+
+@given(
+    num_rows=st.integers(0, 20_000),
+    row_size=st.integers(1, 80).map(lambda n: 8 * n) | st.sampled_from([1, 12, 4_096]),
+    num_threads=st.integers(1, 64),
+)
+def test_threads_split_parts_between_rows(num_rows: int, row_size: int, num_threads: int) -> None:
+    parts = list(row_parts(num_rows, row_size, num_threads))
+    assert sum(parts) == num_rows
+    for size in parts:
+        num_elements = size * row_size
+        num_runs = min(num_threads, -(-num_elements // 32_768))  # as at::parallel_for does
+        assert size > 0
+        assert num_elements <= 262_144
+        assert num_runs == 1 or -(-num_elements // num_runs) % row_size == 0
+    if num_threads == 1 and row_size <= 640:
+        assert len(parts) <= 1 + num_rows * row_size // 200_000, "a call costs as much as many rows"
 
 
 @pytest.mark.parametrize(("kind", "place", "d", "head_dim"), [
