@@ -235,10 +235,12 @@ class Loader:
         """These tokens of one layer of some chunks: each by number, as read, and where it goes."""
         parts = []
         for i, arrays, at in found:
-            first = job.pieces[i].start
-            wanted = slice(at.start - first, at.end - first)
-            keys, values = (self._to_tensor(array)[:, wanted].transpose(0, 1) for array in arrays)
-            parts.append(LayerPart(at, keys, values))
+            keys, values = (self._to_tensor(array) for array in arrays)
+            if at.num_tokens != keys.shape[1]:
+                first = job.pieces[i].start
+                wanted = slice(at.start - first, at.end - first)
+                keys, values = keys[:, wanted], values[:, wanted]
+            parts.append(LayerPart(at, keys.transpose(0, 1), values.transpose(0, 1)))
         if parts:
             self._transfer.write(layer, parts)
 
