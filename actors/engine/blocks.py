@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from itertools import islice
 
 import torch
 from torch import Tensor
 
+from actors.engine.free_runs import FreeRuns
 from storage.format import LayerShape
 
 
@@ -35,7 +35,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._free = dict.fromkeys(range(num_blocks - 1, -1, -1))  # taken from the end: low ids, neighbours, first
+        self._free = FreeRuns(num_blocks)
         self._turns = [0] * num_blocks
         self._helpers = [0] * num_blocks
         self._kept = [False] * num_blocks
@@ -56,18 +56,16 @@ class BlockPool:
             return BlockState.PENDING
         return BlockState.KEPT if self._kept[block] else BlockState.FREE
 
-    def take(self, count: int, after: int | None = None) -> list[int]:
-        """`count` free blocks for one turn, the neighbours behind `after` if they are free. Raises ValueError, and
-        takes none, if there are not so many."""
+    def take(self, count: int, after: int | None = None, spare: int = 0) -> list[int]:
+        """`count` free blocks for one turn, neighbours if possible: those behind `after`, or others with `spare` free
+        ones behind them. Raises ValueError, and takes none, if there are not so many."""
         if count > self.num_free:
             raise ValueError(f"{count} blocks wanted, {self.num_free} free")
-        neighbours = [] if after is None else list(range(after + 1, after + 1 + count))
-        if neighbours and all(block in self._free for block in neighbours):
-            taken = neighbours
-        else:
-            taken = list(islice(reversed(self._free), count))
+        taken = self._free.take(count, after, spare)
         for block in taken:
-            self._change(block, self._turns, 1)
+            self._turns[block] = 1
+        self._counts[BlockState.FREE] -= count
+        self._counts[BlockState.HELD] += count
         return taken
 
     def hold(self, blocks: Iterable[int]) -> None:
@@ -79,7 +77,7 @@ class BlockPool:
 
     def release(self, blocks: Iterable[int]) -> None:
         """One turn less. Raises ValueError for a block that no turn holds."""
-        for block in reversed(list(blocks)):  # so that neighbours are taken again in ascending order
+        for block in blocks:
             if not self._turns[block]:
                 raise ValueError(f"block {block} is free already")
             self._change(block, self._turns, -1)
@@ -91,7 +89,7 @@ class BlockPool:
             self._change(block, self._helpers, 1)
 
     def unpin(self, blocks: Iterable[int]) -> None:
-        for block in reversed(list(blocks)):
+        for block in blocks:
             assert self._helpers[block]
             self._change(block, self._helpers, -1)
 
@@ -103,7 +101,7 @@ class BlockPool:
             self._kept[block] = True
 
     def let_go(self, blocks: Iterable[int]) -> None:
-        for block in reversed(list(blocks)):
+        for block in blocks:
             before = self.state(block)
             self._kept[block] = False
             self._moved(block, before)
@@ -119,16 +117,15 @@ class BlockPool:
             return
         self._counts[before] -= 1
         self._counts[after] += 1
-        if before is BlockState.FREE:
-            del self._free[block]
-        elif after is BlockState.FREE:
-            self._free[block] = None
+        assert before is not BlockState.FREE, "only `take` takes a free block"
+        if after is BlockState.FREE:
+            self._free.add(block)
 
     def check(self) -> None:
         """Raises AssertionError unless free list, holders and counts agree."""
         states = [self.state(block) for block in range(self.num_blocks)]
-        free = {block for block, state in enumerate(states) if state is BlockState.FREE}
-        assert free == set(self._free), "free list is wrong"
+        free = [block for block, state in enumerate(states) if state is BlockState.FREE]
+        assert free == [block for start, length in self._free.runs() for block in range(start, start + length)]
         assert {state: states.count(state) for state in BlockState} == self._counts, "counts are wrong"
         assert min(*self._turns, *self._helpers, 0) == 0
 

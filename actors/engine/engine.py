@@ -299,7 +299,8 @@ class Engine:
         if count > self._blocks.num_free and self._kept is not None:
             self._kept.make_room(count)
         table = sequence.table
-        table.append(self._blocks.take(count, after=table.blocks[-1] if table.blocks else None))
+        spare = sequence.expected_growth // self.config.block_tokens
+        table.append(self._blocks.take(count, after=table.blocks[-1] if table.blocks else None, spare=spare))
 
     def _admit(self, sequence: Sequence) -> None:
         """Blocks for all its tokens, shared ones first; what else can be restored starts loading."""

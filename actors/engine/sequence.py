@@ -51,6 +51,9 @@ _PHASES = {
     SequenceState.RUNNING: Phase.COMPUTING,
 }
 
+_NEXT_PROMPT_TOKENS = 128
+_MOST_GROWTH = 256  # beyond doubling: few answers are as long as they may be
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSpan:
@@ -149,6 +152,12 @@ class Sequence:
     def num_generated(self) -> int:
         """Those of earlier attempts included."""
         return self.num_tokens - self.request.num_prompt
+
+    @property
+    def expected_growth(self) -> int:
+        """Tokens that this turn and the conversation's next one may add: room for them is worth leaving."""
+        num_left = self.request.sampling.max_new_tokens - self.num_generated
+        return min(2 * num_left + _NEXT_PROMPT_TOKENS, self.num_tokens + _MOST_GROWTH)
 
     def demand(self, num_shared_blocks: int | None = None) -> Demand:
         """`num_shared_blocks`: for one that is queued, blocks it would share with running turns."""

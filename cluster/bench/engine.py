@@ -219,7 +219,7 @@ def _load_stock(options: BenchOptions) -> Any:
 def _make_engine(loaded: LoadedModel, workloads: Sequence[Workload], num_threads: int) -> Engine:
     config = EngineConfig(
         model="in memory",
-        kv_tokens=max(w.num_tokens + 64 * w.batch for w in workloads),
+        kv_tokens=2 * max(w.num_tokens for w in workloads) + 1024,  # in a full pool turns are scattered, and gathered
         max_step_tokens=STEP_TOKENS,
         write_buffer_chunks=0,
         num_threads=num_threads,

@@ -162,8 +162,8 @@ def watch(engine: Engine, fake: FakeCuda) -> None:
     _watch_buffer(engine, fake)
     take, size = engine._blocks.take, engine.config.block_tokens
 
-    def take_poisoned(count: int, after: int | None = None) -> list[int]:
-        blocks = take(count, after)
+    def take_poisoned(count: int, after: int | None = None, spare: int = 0) -> list[int]:
+        blocks = take(count, after, spare)
         rows = [block * size + i for block in blocks for i in range(size)]
         for layer in range(len(engine.loaded.layers)):
             fake.queue("write", [("pool", layer, row) for row in rows])

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.engine.engine import Engine
+from actors.engine.free_runs import FreeRuns
 from actors.engine.kept import BlockEviction
 from actors.engine.loading import LoadedModel
 from actors.engine.overlap import LoadOrder
@@ -47,20 +48,34 @@ def make_engine(
     }
     engine = Engine(EngineConfig(model="in memory", **{**defaults, **settings}), loaded, eviction)
     if shuffle is not None:
-        free = list(engine._blocks._free)
-        random.Random(shuffle).shuffle(free)
-        engine._blocks._free = dict.fromkeys(free)
+        engine._blocks._free = _ScatteredBlocks(engine._blocks.num_blocks, shuffle)
     if order is not None:
         engine._restoring._order = lambda *_: order  # type: ignore[method-assign]
     _poison_fresh_blocks(engine)
     return engine
 
 
+class _ScatteredBlocks(FreeRuns):
+    """Hands out blocks from all over the place."""
+
+    def __init__(self, num_blocks: int, seed: int) -> None:
+        super().__init__(num_blocks)
+        self._rng = random.Random(seed)
+
+    def take(self, count: int, after: int | None = None, spare: int = 0) -> list[int]:
+        del after, spare
+        blocks = self._rng.sample([block for start, n in self.runs() for block in range(start, start + n)], count)
+        for block in blocks:
+            start = max(start for start, _ in self.runs() if start <= block)
+            self._cut(start, block - start, 1)
+        return blocks
+
+
 def _poison_fresh_blocks(engine: Engine) -> None:
     take = engine._blocks.take
 
-    def take_poisoned(count: int, after: int | None = None) -> list[int]:
-        blocks = take(count, after)
+    def take_poisoned(count: int, after: int | None = None, spare: int = 0) -> list[int]:
+        blocks = take(count, after, spare)
         for tensor in (*engine._pool.keys, *engine._pool.values):
             tensor[blocks] = float("nan")
         return blocks

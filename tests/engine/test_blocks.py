@@ -20,15 +20,24 @@ def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
     pool.check()
 
 
-def test_blocks_that_come_back_are_taken_as_neighbours_again() -> None:
+def test_blocks_that_come_back_are_neighbours_again() -> None:
     pool = BlockPool(8)
     first, second = pool.take(4), pool.take(3)
-    pool.release(first)
-    pool.release(second)
-    table = BlockTable(4)
-    table.append(pool.take(7))
-    assert table.blocks[:3] == second
-    assert table.blocks[3:] == first
+    for block in (*first[::2], *second, *first[1::2]):
+        pool.release([block])
+    assert pool.take(8) == list(range(8))
+
+
+def test_turns_that_run_together_grow_in_place() -> None:
+    """Eight turns of 20 blocks that get ten more, one by one in turn, in a pool with room for it and little besides."""
+    pool, tables = BlockPool(8 * 32), [BlockTable(4) for _ in range(8)]
+    for table in tables:
+        table.append(pool.take(20, spare=12))
+    for _ in range(10):
+        for table in tables:
+            table.append(pool.take(1, after=table.blocks[-1], spare=2))
+    assert all(table.first_if_contiguous is not None for table in tables)
+    pool.check()
 
 
 def test_taking_too_many_takes_none() -> None:
