@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -27,6 +28,9 @@ from storage.header import Bytes
 from storage.keys import KeySpace
 from storage.parts import in_parts
 from storage.tier import ChunkOpener
+
+if TYPE_CHECKING:
+    from actors.engine.engine import Engine
 
 IDLE_WAIT_S = 0.5
 WARM_UP_RUNS = 2
@@ -82,11 +86,14 @@ class Shard:
     """Plain class; becomes a threaded actor (groups: control, outputs, io) where a replica creates it."""
 
     def __init__(self, plan: ShardPlan) -> None:
-        from actors.engine.engine import Engine  # whoever holds this actor's handle imports this file: no torch above
-
         self._plan = plan
         self._eviction = HbmEviction(plan.eviction)
-        self._engine = Engine(plan.engine, eviction=self._eviction)
+        self._news = threading.Condition()
+        self._outputs: list[TurnOutput] = []
+        self._chunks: list[ReadyChunk] = []
+        built: Future[tuple[Engine, float]] = Future()
+        threading.Thread(target=self._run, args=(built,), name="engine", daemon=True).start()
+        self._engine, self._prefill_tokens_per_s = built.result()
         self._max_turn_tokens = min(
             self._engine.loaded.context_window, plan.engine.num_blocks * plan.engine.block_tokens
         )
@@ -97,11 +104,6 @@ class Shard:
             for name, url in ((m.Tier.SSD, plan.ssd_url), (m.Tier.OBJECT, plan.object_url))
             if url is not None
         }
-        self._prefill_tokens_per_s = self._warm_up()
-        self._news = threading.Condition()
-        self._outputs: list[TurnOutput] = []
-        self._chunks: list[ReadyChunk] = []
-        threading.Thread(target=self._loop, name="engine", daemon=True).start()
 
     # --- control ------------------------------------------------------------------------------------------------------
 
@@ -184,12 +186,25 @@ class Shard:
             self._outputs, self._chunks = [], []
         return taken
 
-    def _loop(self) -> None:
-        """The engine's thread. An engine that breaks outside a turn ends the process: the replica is started anew."""
+    def _run(self, built: Future[tuple[Engine, float]]) -> None:
+        """The engine's thread, from the loading of the model on: OpenMP keeps threads for every thread that ever
+        computed, and once they are more than the cores none of them waits for the next operation awake."""
+        from actors.engine.engine import Engine  # whoever holds this actor's handle imports this file: no torch above
+
+        try:
+            engine = Engine(self._plan.engine, eviction=self._eviction)
+            built.set_result((engine, self._warm_up(engine)))
+        except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+            built.set_exception(error)
+            return
+        self._loop(engine)
+
+    def _loop(self, engine: Engine) -> None:
+        """An engine that breaks outside a turn ends the process: the replica is started anew."""
         try:
             while True:
-                outputs = self._engine.step() if self._engine.wait_for_work(IDLE_WAIT_S) else []
-                chunks = self._engine.ready_chunks()
+                outputs = engine.step() if engine.wait_for_work(IDLE_WAIT_S) else []
+                chunks = engine.ready_chunks()
                 if outputs or chunks:
                     with self._news:
                         self._outputs += outputs
@@ -199,21 +214,22 @@ class Shard:
             log.exception("the engine broke; this shard ends")
             os._exit(1)
 
-    def _warm_up(self) -> float:
+    def _warm_up(self, engine: Engine) -> float:
         """Runs one short prompt: pages, kernels and threads are warm, and the prefill rate is known (tokens/s)."""
-        num_tokens = min(256, self._max_turn_tokens // 2, self._plan.engine.max_step_tokens)
+        config, window = self._plan.engine, engine.loaded.context_window
+        num_tokens = min(256, window // 2, config.kv_tokens // 2, config.max_step_tokens)
         rate = 0.0
         for attempt in range(WARM_UP_RUNS):
             request = Request(
                 turn_id=f"warm-up-{attempt}",
                 token_ids=tuple(range(num_tokens)),
                 sampling=SamplingParams(max_new_tokens=1),
-                root=self._root,
+                root="warm-up",
                 save=False,
             )
-            self._engine.add(request)
+            engine.add(request)
             began = time.monotonic()
-            while self._engine.has_work:
-                self._engine.step()
+            while engine.has_work:
+                engine.step()
             rate = num_tokens / (time.monotonic() - began)
         return rate
