@@ -25,7 +25,7 @@ from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
 from actors.heartbeat import keep_joined
 from actors.node_store import chunk_info
 from actors.shard import Harvest, ModelInfo, Shard, ShardPlan
-from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
+from actors.wire import Delta, Piece, Started, TurnEnd, TurnRequest
 from policies import messages as m
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ class Replica:
         self._running[name] = running
         self._remember(name, request.session_id)
         done = False
+        news: list[m.Event] = []
         try:
             checkout = self._checkout(dispatch.plan)
             await self._shard.add.remote(running.named_request, dispatch.plan.steps, checkout)
@@ -147,13 +148,17 @@ class Replica:
                 output = await running.next_output()
                 pieces: list[Piece] = []
                 if output.started is not None:
-                    pieces.append(Started(self._turn_started(running, output.started)))
+                    pieces.append(Started(settle(dispatch.plan, output.started)))
+                    news = self._start_events(running, output.started)
                 if output.finish_reason is not None:
                     done = True
-                    pieces.append(await self._turn_ended(running, output, text))
+                    pieces.append(await self._turn_ended(running, output, text, news))
                 elif output.tokens:
                     pieces.append(Delta(output.tokens, "".join(text.push(token.token_id) for token in output.tokens)))
                 yield tuple(pieces)
+                if news and not done:
+                    self._tell(*news)  # the first token does not wait for it
+                    news = []
         except RayTaskError as error:  # the shard refused the turn
             done = True
             await self._tell(running.finished(self.replica_id))
@@ -162,7 +167,7 @@ class Replica:
             del self._running[name]
             if not done:
                 self._shard.abort.remote(name)
-                self._tell(running.finished(self.replica_id))
+                self._tell(*news, running.finished(self.replica_id))
 
     def _remember(self, name: str, session_id: m.SessionId) -> None:
         self._sessions[name] = session_id
@@ -182,21 +187,23 @@ class Replica:
             text.push(token_id)
         return text
 
-    def _turn_started(self, running: _Running, started: StartInfo) -> TurnAccount:
-        """The scheduler hears of it, and the first token does not wait until it has."""
-        lost = [
-            m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=cause)
-            for step, cause in failed_steps(running.dispatch.plan, started)
-        ]
+    def _start_events(self, running: _Running, started: StartInfo) -> list[m.Event]:
         turn_id, attempt = running.dispatch.turn_id, running.dispatch.attempt
-        self._tell(*lost, m.TurnStarted(turn_id=turn_id, replica_id=self.replica_id, attempt=attempt))
-        return settle(running.dispatch.plan, started)
+        return [
+            *(
+                m.ChunkLost(node_id=step.node_id, chunk=step.chunk, tier=step.tier, cause=cause)
+                for step, cause in failed_steps(running.dispatch.plan, started)
+            ),
+            m.TurnStarted(turn_id=turn_id, replica_id=self.replica_id, attempt=attempt),
+        ]
 
-    async def _turn_ended(self, running: _Running, output: TurnOutput, text: TextStream) -> TurnEnd:
-        """The scheduler hears of it first: the client's next turn must find the slot free."""
+    async def _turn_ended(
+        self, running: _Running, output: TurnOutput, text: TextStream, news: Iterable[m.Event]
+    ) -> TurnEnd:
+        """The scheduler hears of it first, behind what is new: the client's next turn must find the slot free."""
         assert output.finish_reason is not None
         pieces = "".join(text.push(token.token_id) for token in output.tokens)
-        await self._tell(running.finished(self.replica_id))
+        await self._tell(*news, running.finished(self.replica_id))
         return TurnEnd(
             finish_reason=output.finish_reason,
             tokens=output.tokens,
@@ -213,13 +220,15 @@ class Replica:
     # --- the shard's outputs ------------------------------------------------------------------------------------------
 
     async def _deliver(self) -> None:
-        """Brings the shard's outputs to the turns that wait for them. New chunks are offered before a turn's end is
-        told: the session's next turn must find them known. Nobody waits until the scheduler has heard of them."""
+        """Brings the shard's outputs to the turns that wait for them: tokens at once; ends behind the offer of new
+        chunks, because the session's next turn must find them known. Nobody waits until the scheduler has heard."""
         while True:
             harvest = await self._harvest()
+            self._pass_on(output for output in harvest.outputs if output.finish_reason is None)
             if harvest.chunks:
+                await asyncio.sleep(0)  # streams go first
                 self._offer(harvest.chunks)
-            self._pass_on(harvest.outputs)
+            self._pass_on(output for output in harvest.outputs if output.finish_reason is not None)
 
     def _pass_on(self, outputs: Iterable[TurnOutput]) -> None:
         for output in outputs:
