@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from actors.engine.free_runs import FreeRuns
+from actors.engine.free_runs import FreeRuns, runs_of
 from storage.format import LayerShape
 
 
@@ -75,12 +75,12 @@ class BlockPool:
                 raise ValueError(f"block {block} is free and cannot be held")
             self._change(block, self._turns, 1)
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """One turn less. Raises ValueError for a block that no turn holds."""
+    def release(self, blocks: Sequence[int]) -> None:
+        """One turn less. Raises ValueError, and releases none, for a block that no turn holds."""
         for block in blocks:
             if not self._turns[block]:
                 raise ValueError(f"block {block} is free already")
-            self._change(block, self._turns, -1)
+        self._settle([block for block in blocks if self._change(block, self._turns, -1)])
 
     def pin(self, blocks: Iterable[int]) -> None:
         """A helper reads or writes these blocks, which a turn holds."""
@@ -89,9 +89,12 @@ class BlockPool:
             self._change(block, self._helpers, 1)
 
     def unpin(self, blocks: Iterable[int]) -> None:
+        freed = []
         for block in blocks:
             assert self._helpers[block]
-            self._change(block, self._helpers, -1)
+            if self._change(block, self._helpers, -1):
+                freed.append(block)
+        self._settle(freed)
 
     def keep(self, blocks: Iterable[int]) -> None:
         """They stay when their turn lets go, until `let_go`."""
@@ -101,25 +104,33 @@ class BlockPool:
             self._kept[block] = True
 
     def let_go(self, blocks: Iterable[int]) -> None:
+        freed = []
         for block in blocks:
             before = self.state(block)
             self._kept[block] = False
-            self._moved(block, before)
+            if self._moved(block, before):
+                freed.append(block)
+        self._settle(freed)
 
-    def _change(self, block: int, counts: list[int], by: int) -> None:
+    def _change(self, block: int, counts: list[int], by: int) -> bool:
+        """Whether it is free now."""
         before = self.state(block)
         counts[block] += by
-        self._moved(block, before)
+        return self._moved(block, before)
 
-    def _moved(self, block: int, before: BlockState) -> None:
+    def _moved(self, block: int, before: BlockState) -> bool:
         after = self.state(block)
         if before is after:
-            return
+            return False
+        assert before is not BlockState.FREE, "only `take` takes a free block"
         self._counts[before] -= 1
         self._counts[after] += 1
-        assert before is not BlockState.FREE, "only `take` takes a free block"
-        if after is BlockState.FREE:
-            self._free.add(block)
+        return after is BlockState.FREE
+
+    def _settle(self, freed: Iterable[int]) -> None:
+        """Neighbours come back together: a long turn's blocks cost no more than a short one's."""
+        for start, length in runs_of(freed):
+            self._free.add(start, length)
 
     def check(self) -> None:
         """Raises AssertionError unless free list, holders and counts agree."""

@@ -8,9 +8,24 @@ will write; the room is nobody's, and is given to others when nothing else is le
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
 
 Run = tuple[int, int]
 """First block and number of blocks."""
+
+
+def runs_of(blocks: Iterable[int]) -> Iterator[Run]:
+    """The same blocks, those that follow one another together."""
+    start, length = 0, 0
+    for block in blocks:
+        if length and block == start + length:
+            length += 1
+            continue
+        if length:
+            yield start, length
+        start, length = block, 1
+    if length:
+        yield start, length
 
 
 class FreeRuns:
@@ -27,16 +42,18 @@ class FreeRuns:
         """In the order of their blocks."""
         return sorted(self._length_at.items())
 
-    def add(self, block: int) -> None:
-        """One more free block: joins the runs beside it."""
-        start, end = block, block + 1
-        if block in self._start_before:
-            start = self._start_before[block]
-            self._remove(start)
-        if end in self._length_at:
-            end += self._length_at[end]
-            self._remove(block + 1)
-        self._insert(start, end - start)
+    def add(self, start: int, length: int = 1) -> None:
+        """More free blocks, neighbours: they join the runs beside them."""
+        behind = start + length
+        if behind in self._length_at:
+            length += self._length_at[behind]
+            self._remove(behind)
+        if start in self._start_before:
+            before = self._start_before[start]
+            length += start - before
+            self._remove(before)
+            start = before
+        self._insert(start, length)
 
     def take(self, count: int, after: int | None = None, spare: int = 0) -> list[int]:
         """Takes `count` blocks, of which there must be so many: the neighbours behind `after`, if they are free. Else

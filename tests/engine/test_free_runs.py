@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine.free_runs import FreeRuns, Run
+from actors.engine.free_runs import FreeRuns, Run, runs_of
 
 SIZE = 30
 
@@ -15,8 +15,7 @@ def _free(runs: list[Run]) -> FreeRuns:
     free = FreeRuns(SIZE)
     free.take(SIZE)
     for start, length in runs:
-        for block in range(start, start + length):
-            free.add(block)
+        free.add(start, length)
     return free
 
 
@@ -31,9 +30,10 @@ def test_runs_are_those_of_the_free_blocks(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 25))):
         used = sorted(set(range(SIZE)) - blocks)
         if used and data.draw(st.booleans()):
-            for block in data.draw(st.lists(st.sampled_from(used), unique=True, max_size=8)):
-                free.add(block)
-                blocks.add(block)
+            freed = data.draw(st.lists(st.sampled_from(used), unique=True, max_size=8))
+            for start, length in runs_of(freed) if data.draw(st.booleans()) else runs_of(sorted(freed)):
+                free.add(start, length)
+            blocks |= set(freed)
             continue
         count = data.draw(st.integers(0, len(blocks)))
         after = data.draw(st.none() | st.integers(0, SIZE - 1))
