@@ -31,6 +31,7 @@ from actors.node_store import NodeStore, StorePlan
 from actors.replica import Replica, ReplicaPlan
 from actors.scheduler import SchedulerActor
 from actors.shard import ModelInfo, ShardPlan
+from cluster import openmp
 from cluster.client import Client
 from cluster.config import Config, ConfigError
 from cluster.recording import check_recording, end_recording, record_plan
@@ -48,10 +49,6 @@ STATS_LIMIT_S = 30  # for all actors together; one takes some seconds to restart
 
 # Ray moves nothing to disk on its own here, and gives freed space back at once (FINDINGS of the store's measurements).
 RAY_SYSTEM_CONFIG = {"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0}
-
-OMP_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""How threads of an operation wait for the next one: awake for some 20 us, which is mostly enough while a turn decodes.
-Beside busy neighbours, waiting awake for longer makes a step several times as long."""
 
 
 class BringUpError(RuntimeError):
@@ -369,7 +366,7 @@ def _replica_plan(config: Config, node: dict[str, Any], sharing: int) -> Replica
         shard=shard,
         num_cpus=config.cluster.cpus_per_replica,
         num_gpus=config.cluster.gpus_per_replica,
-        env_vars={"OMP_NUM_THREADS": str(num_threads), **OMP_WAITING},
+        env_vars={"OMP_NUM_THREADS": str(num_threads), **openmp.WAITING},
         heartbeat_s=config.cluster.heartbeat_s,
     )
 

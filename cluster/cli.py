@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# Idle OpenMP threads sleep instead of spinning; must be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from cluster import openmp
+
+os.environ.update(openmp.WAITING | os.environ)  # before torch is imported
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

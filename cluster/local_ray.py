@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import openmp
 from cluster.bringup import RAY_SYSTEM_CONFIG, BringUpError
 
 START_LIMIT_S = 90.0
@@ -81,7 +82,7 @@ def _environment() -> dict[str, str]:
         "PATH": f"{ours}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **openmp.WAITING,
     }
 
 
