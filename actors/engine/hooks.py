@@ -1,6 +1,7 @@
 """The three places where the engine reaches into a transformers model, and nothing else.
 
-    rotary modules    -> IdentityRotary: cos = 1, sin = 0, so that queries and keys arrive here unrotated
+    rotary modules    -> IdentityRotary: cos = 1, sin = 0, so that queries and keys arrive here unrotated; a model's
+                         `apply_rotary_pos_emb` does nothing where it is given these
     Cache.update      -> KeyValueTap: the raw keys and the values of one layer
     attention function-> `attend`, found by name through AttentionInterface
 
@@ -12,10 +13,13 @@ This file does not know about pages, rotations or batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 ATTENTION_NAME = "reprise"
+_IDENTITY_MARK, _SKIPS_MARK = "reprise_is_identity", "reprise_skips_identity"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +159,9 @@ class IdentityRotary(nn.Module):
         if torch.is_tensor(out):
             return torch.ones_like(out)
         cos, sin = out
-        return torch.ones_like(cos), torch.zeros_like(sin)
+        ones = torch.ones_like(cos)
+        setattr(ones, _IDENTITY_MARK, True)
+        return ones, torch.zeros_like(sin)
 
     def true_rotation(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the original gives, under the pin: (cos, sin), or one complex tensor."""
@@ -169,6 +176,27 @@ class IdentityRotary(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("original"), name)
+
+
+def skip_identity_rotations(model: nn.Module) -> None:
+    """Lets the model's files return queries and keys as they are where an IdentityRotary's cos would turn them by
+    nothing: a dozen small operations a layer. For everybody else's tables these functions do what they did."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        file = sys.modules[name]
+        rotate = getattr(file, "apply_rotary_pos_emb", None)
+        if rotate is None or hasattr(rotate, _SKIPS_MARK):
+            continue
+        if list(inspect.signature(rotate).parameters)[:4] == ["q", "k", "cos", "sin"]:
+            setattr(file, "apply_rotary_pos_emb", _unless_identity(rotate))  # noqa: B010 - a module's global
+
+
+def _unless_identity(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    @wraps(rotate)
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return (q, k) if hasattr(cos, _IDENTITY_MARK) else rotate(q, k, cos, sin, *args, **kwargs)
+
+    setattr(apply, _SKIPS_MARK, True)
+    return apply
 
 
 def _is_rotary(module: nn.Module) -> bool:

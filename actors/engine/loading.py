@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from actors.engine.adapters import adapt
 from actors.engine.compat import UnsupportedModel, check_against_stock, refuse_known, stock_logits
 from actors.engine.fingerprint import fingerprint_files, fingerprint_tokenizer, fingerprint_weights
-from actors.engine.hooks import ATTENTION_NAME, wrap_rotary
+from actors.engine.hooks import ATTENTION_NAME, skip_identity_rotations, wrap_rotary
 from actors.engine.linear import speed_up_few_rows
 from actors.engine.probe import LayerFacts, ProbeError, probe
 from actors.engine.rope import Rotation
@@ -119,6 +119,7 @@ def _find_facts(model: Any, context_window: int) -> list[LayerFacts]:
         expected = stock_logits(model, rotaries)
         model.set_attn_implementation(ATTENTION_NAME)
         speed_up_few_rows(model)
+        skip_identity_rotations(model)
         with torch.inference_mode():
             facts = probe(model, rotaries, context_window)
     except ProbeError as error:

@@ -191,6 +191,24 @@ def test_identity_rotary_gives_ones_and_zeros_and_can_step_aside() -> None:
     assert torch.equal(model.rotary.inv_freq, _inverse_frequencies(8))
 
 
+def test_a_models_own_rotation_costs_nothing_where_it_would_turn_by_nothing() -> None:
+    from transformers.models.llama import modeling_llama
+
+    rotary = loaded("llama").model.model.rotary_emb
+    dim = 2 * len(rotary.inv_freq)
+    q, k = torch.randn(1, 4, 6, dim), torch.randn(1, 2, 6, dim)
+    cos, sin = rotary(q, torch.arange(6)[None])
+    same = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    assert same[0] is q
+    assert same[1] is k
+    stock = modeling_llama.LlamaRotaryEmbedding(loaded("llama").model.config)  # as another model of this process has it
+    turned = modeling_llama.apply_rotary_pos_emb(q, k, *stock(q, torch.arange(6)[None]))
+    assert torch.equal(turned[0][:, :, 0], q[:, :, 0])
+    assert not torch.equal(turned[0][:, :, 1:], q[:, :, 1:])
+    plain = modeling_llama.apply_rotary_pos_emb(q, k, cos.clone(), sin.clone())  # without the mark, the long way
+    assert torch.equal(plain[0], q)
+
+
 def test_longrope_has_one_rotation_per_position() -> None:
     model = build(LONGROPE())
     [rotary] = wrap_rotary(model, 255)
