@@ -38,7 +38,7 @@ class BlockPool:
         self._free = FreeRuns(num_blocks)
         self._turns = [0] * num_blocks
         self._helpers = [0] * num_blocks
-        self._kept = [False] * num_blocks
+        self._kept = [0] * num_blocks
         self._counts = dict.fromkeys(BlockState, 0)
         self._counts[BlockState.FREE] = num_blocks
 
@@ -80,7 +80,7 @@ class BlockPool:
         for block in blocks:
             if not self._turns[block]:
                 raise ValueError(f"block {block} is free already")
-        self._settle([block for block in blocks if self._change(block, self._turns, -1)])
+        self._drop(blocks, self._turns)
 
     def pin(self, blocks: Iterable[int]) -> None:
         """A helper reads or writes these blocks, which a turn holds."""
@@ -89,48 +89,36 @@ class BlockPool:
             self._change(block, self._helpers, 1)
 
     def unpin(self, blocks: Iterable[int]) -> None:
-        freed = []
-        for block in blocks:
-            assert self._helpers[block]
-            if self._change(block, self._helpers, -1):
-                freed.append(block)
-        self._settle(freed)
+        self._drop(blocks, self._helpers)
 
     def keep(self, blocks: Iterable[int]) -> None:
         """They stay when their turn lets go, until `let_go`."""
         for block in blocks:
             assert self._turns[block], "it is the turn that computed them that leaves them"
             assert not self._kept[block], "kept once"
-            self._kept[block] = True
+            self._kept[block] = 1
 
     def let_go(self, blocks: Iterable[int]) -> None:
+        self._drop(blocks, self._kept)
+
+    def _drop(self, blocks: Iterable[int], counts: list[int]) -> None:
+        """One holder of a kind less. Neighbours come back together: a long turn's blocks cost no more than a short
+        one's."""
         freed = []
         for block in blocks:
-            before = self.state(block)
-            self._kept[block] = False
-            if self._moved(block, before):
+            assert counts[block], "nobody of that kind holds it"
+            self._change(block, counts, -1)
+            if self.state(block) is BlockState.FREE:
                 freed.append(block)
-        self._settle(freed)
-
-    def _change(self, block: int, counts: list[int], by: int) -> bool:
-        """Whether it is free now."""
-        before = self.state(block)
-        counts[block] += by
-        return self._moved(block, before)
-
-    def _moved(self, block: int, before: BlockState) -> bool:
-        after = self.state(block)
-        if before is after:
-            return False
-        assert before is not BlockState.FREE, "only `take` takes a free block"
-        self._counts[before] -= 1
-        self._counts[after] += 1
-        return after is BlockState.FREE
-
-    def _settle(self, freed: Iterable[int]) -> None:
-        """Neighbours come back together: a long turn's blocks cost no more than a short one's."""
         for start, length in runs_of(freed):
             self._free.add(start, length)
+
+    def _change(self, block: int, counts: list[int], by: int) -> None:
+        before = self.state(block)
+        assert before is not BlockState.FREE, "only `take` takes a free block"
+        counts[block] += by
+        self._counts[before] -= 1
+        self._counts[self.state(block)] += 1
 
     def check(self) -> None:
         """Raises AssertionError unless free list, holders and counts agree."""

@@ -42,7 +42,7 @@ class FreeRuns:
         """In the order of their blocks."""
         return sorted(self._length_at.items())
 
-    def add(self, start: int, length: int = 1) -> None:
+    def add(self, start: int, length: int) -> None:
         """More free blocks, neighbours: they join the runs beside them."""
         behind = start + length
         if behind in self._length_at:

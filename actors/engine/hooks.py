@@ -182,9 +182,9 @@ def skip_identity_rotations(model: nn.Module) -> None:
     """Lets the model's files return queries and keys as they are where an IdentityRotary's cos would turn them by
     nothing: a dozen small operations a layer. For everybody else's tables these functions do what they did."""
     for name in {type(module).__module__ for module in model.modules()}:
-        file = sys.modules[name]
+        file = sys.modules.get(name)
         rotate = getattr(file, "apply_rotary_pos_emb", None)
-        if rotate is None or hasattr(rotate, _SKIPS_MARK):
+        if file is None or rotate is None or hasattr(rotate, _SKIPS_MARK):
             continue
         if list(inspect.signature(rotate).parameters)[:4] == ["q", "k", "cos", "sin"]:
             setattr(file, "apply_rotary_pos_emb", _unless_identity(rotate))  # noqa: B010 - a module's global
