@@ -1,7 +1,7 @@
 """The replica: the asynchronous front of one copy of the model.
 
-It takes a dispatched turn, hands the shard the references its plan names, turns token ids into text, streams them to
-the client and keeps the account of each prompt token. Its shard lives and dies with it.
+It takes a dispatched turn, hands it to the shard with its plan, turns token ids into text, streams them to the client
+and keeps the account of each prompt token. Its shard lives and dies with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.account import failed_steps, settle
@@ -23,14 +23,15 @@ from actors.engine.params import seed_of
 from actors.engine.text import TextStream
 from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
 from actors.heartbeat import keep_joined
+from actors.link import ReplicaEnd
 from actors.node_store import chunk_info
-from actors.shard import Harvest, ModelInfo, Shard, ShardPlan
-from actors.wire import Delta, Piece, Started, TurnEnd, TurnRequest
+from actors.shard import ModelInfo, Shard, ShardPlan
+from actors.wire import AbortTurn, AddTurn, Delta, Harvest, Piece, Started, TurnEnd, TurnRequest
 from policies import messages as m
 
 log = logging.getLogger(__name__)
 
-SHARD_GROUPS = {"control": 2, "outputs": 1, "io": 2}
+SHARD_GROUPS = {"control": 2, "io": 2}
 REMEMBERED_TURNS = 4096
 
 
@@ -94,8 +95,8 @@ class Replica:
         self._node_id = node_id
         self._plan = plan
         self._scheduler = ray.get_actor(scheduler)
-        self._store = ray.get_actor(store)
-        self._shard = create_shard(plan)
+        self._link = ReplicaEnd()
+        self._shard = create_shard(plan, self._link.address, store)
         self._tokenizer = load_tokenizer(plan.shard.engine.model)
         self._running: dict[str, _Running] = {}  # by the attempt's name
         self._sessions: OrderedDict[str, m.SessionId] = OrderedDict()  # of recent attempts, for their chunks
@@ -109,6 +110,7 @@ class Replica:
 
     async def _start(self) -> ModelInfo:
         info: ModelInfo = await self._shard.info.remote()
+        await self._link.connect()
         loop = asyncio.get_running_loop()
         self._background = [
             loop.create_task(self._deliver()),
@@ -141,8 +143,7 @@ class Replica:
         done = False
         news: list[m.Event] = []
         try:
-            checkout = self._checkout(dispatch.plan)
-            await self._shard.add.remote(running.named_request, dispatch.plan.steps, checkout)
+            self._link.send(AddTurn(running.named_request, dispatch.plan.steps))
             text = self._text_stream(request)
             while not done:
                 output = await running.next_output()
@@ -159,25 +160,16 @@ class Replica:
                 if news and not done:
                     self._tell(*news)  # the first token does not wait for it
                     news = []
-        except RayTaskError as error:  # the shard refused the turn
-            done = True
-            await self._tell(running.finished(self.replica_id))
-            yield (TurnEnd(finish_reason=FinishReason.FAILED, error=_last_line(error)),)
         finally:
             del self._running[name]
             if not done:
-                self._shard.abort.remote(name)
+                self._link.send(AbortTurn(name))
                 self._tell(*news, running.finished(self.replica_id))
 
     def _remember(self, name: str, session_id: m.SessionId) -> None:
         self._sessions[name] = session_id
         while len(self._sessions) > REMEMBERED_TURNS:
             self._sessions.popitem(last=False)
-
-    def _checkout(self, plan: m.RestorePlan) -> list[Any]:
-        """The store's answer to what is wanted from DRAM, boxed: nobody here waits for it. Empty: nothing is."""
-        in_dram = [step.chunk for step in plan.steps if step.tier == m.Tier.DRAM]
-        return [self._store.checkout.remote(in_dram)] if in_dram else []
 
     def _text_stream(self, request: TurnRequest) -> TextStream:
         """The answer's text, from its first token on even when an earlier attempt generated the beginning."""
@@ -210,7 +202,7 @@ class Replica:
             text=pieces if output.finish_reason == FinishReason.PREEMPTED else pieces + text.finish(),
             num_tokens_kept=text.num_tokens_kept if text.stopped else None,
             error=output.error or "",
-            may_retry=output.finish_reason == FinishReason.FAILED,
+            may_retry=output.finish_reason == FinishReason.FAILED and not output.is_refused,
         )
 
     def _tell(self, *events: m.Event) -> Any:
@@ -239,9 +231,9 @@ class Replica:
     async def _harvest(self) -> Harvest:
         """If the shard is gone, so is this replica; Ray starts both anew."""
         try:
-            harvest: Harvest = await self._shard.harvest.remote()
-        except RayError:
-            log.exception("the shard is gone; this replica ends")
+            harvest: Harvest = await self._link.receive()
+        except OSError as error:
+            log.error("this replica ends: %s", error)
             os._exit(1)
         return harvest
 
@@ -273,7 +265,7 @@ class Replica:
         """The attempt's stream ends with ABORTED; one that is not here (any more) is reported as over."""
         name = attempt_name(command.turn_id, command.attempt)
         if name in self._running:
-            await self._shard.abort.remote(name)
+            self._link.send(AbortTurn(name))
         else:
             finished = m.TurnFinished(turn_id=command.turn_id, replica_id=self.replica_id, attempt=command.attempt)
             await self._tell(finished)
@@ -298,7 +290,7 @@ class Replica:
         return {"replica_id": self.replica_id, **await self._shard.stats.remote()}
 
 
-def create_shard(plan: ReplicaPlan) -> Any:
+def create_shard(plan: ReplicaPlan, link: str, store: str) -> Any:
     """The shard's actor, on this process's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return (
@@ -309,9 +301,5 @@ def create_shard(plan: ReplicaPlan) -> Any:
             scheduling_strategy=here,
             runtime_env={"env_vars": plan.env_vars},
         )
-        .remote(plan.shard)
+        .remote(plan.shard, link, store)
     )
-
-
-def _last_line(error: RayTaskError) -> str:
-    return str(error.cause).splitlines()[0] if error.cause else str(error).splitlines()[-1]

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
@@ -53,7 +53,7 @@ class Assignment:
     """The answer to a submission: run it there, by this plan."""
 
     dispatch: m.Dispatch
-    replica: Any  # actor handle
+    replica: Any  # actor handle; None for those who know it: a handle takes longer than all the rest
 
 
 @dataclass(slots=True)
@@ -109,8 +109,11 @@ class SchedulerActor:
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
-    async def submit(self, turn: m.Turn, max_waiting: int | None = None) -> Assignment:
-        """Returns when the turn may run. The same turn_id again replaces an earlier attempt.
+    async def submit(
+        self, turn: m.Turn, max_waiting: int | None = None, known: frozenset[m.ReplicaId] = frozenset()
+    ) -> Assignment:
+        """Returns when the turn may run. The same turn_id again replaces an earlier attempt. `known` are the replicas
+        whose handles the caller has.
 
         QueueFull when `max_waiting` turns wait already; SessionGone when its session is deleted meanwhile.
         """
@@ -124,10 +127,11 @@ class SchedulerActor:
         self._waiting[turn.turn_id] = future
         self._hear([m.TurnSubmitted(turn)])
         try:
-            return await future
+            assignment = await future
         finally:
             if self._waiting.get(turn.turn_id) is future:
                 del self._waiting[turn.turn_id]
+        return replace(assignment, replica=None) if assignment.dispatch.replica_id in known else assignment
 
     async def cancel(self, turn_id: m.TurnId) -> None:
         future = self._waiting.pop(turn_id, None)

@@ -1,8 +1,8 @@
 """The shard: a process that runs the engine's loop in one thread and does little else.
 
-Other threads only hand requests in, hand outputs out and let node stores pull finished chunks; each has a concurrency
-group of its own, so that a long step never blocks an export. One shard is one whole model for now; with tensor
-parallelism it will be one rank.
+Other threads only bring requests from the replica, send it outputs (link.py) and let node stores pull finished chunks
+(Ray, in a concurrency group of its own: nothing else makes an export wait). One shard is one whole model for now; with
+tensor parallelism it will be one rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.engine.params import SamplingParams
-from actors.engine.turns import EngineConfig, ReadyChunk, Request, TurnOutput
+from actors.engine.turns import EngineConfig, FinishReason, ReadyChunk, Request, TurnOutput
 from actors.hbm_eviction import HbmEviction
+from actors.link import ShardEnd
 from actors.sources import restore_sources
-from actors.wire import TurnRequest
+from actors.wire import AbortTurn, AddTurn, Harvest, TurnRequest
 from policies import messages as m
 from storage.filesystem import open_reader
 from storage.header import Bytes
@@ -74,19 +76,13 @@ class ModelInfo:
         return self.key_space.salted(salt).root() if salt else self.root
 
 
-@dataclass(frozen=True, slots=True)
-class Harvest:
-    """What happened in the engine since the last call: outputs, and chunks now offered to the store."""
-
-    outputs: list[TurnOutput]
-    chunks: list[ReadyChunk]
-
-
 class Shard:
-    """Plain class; becomes a threaded actor (groups: control, outputs, io) where a replica creates it."""
+    """Plain class; becomes a threaded actor (groups: control, io) where a replica creates it."""
 
-    def __init__(self, plan: ShardPlan) -> None:
+    def __init__(self, plan: ShardPlan, replica: str, store: str) -> None:
+        """`replica` is the address of its end of the link, `store` the name of the node store's actor."""
         self._plan = plan
+        self._store = ray.get_actor(store)
         self._eviction = HbmEviction(plan.eviction)
         self._news = threading.Condition()
         self._outputs: list[TurnOutput] = []
@@ -104,6 +100,9 @@ class Shard:
             for name, url in ((m.Tier.SSD, plan.ssd_url), (m.Tier.OBJECT, plan.object_url))
             if url is not None
         }
+        self._link = ShardEnd(replica)
+        for work in (self._receive, self._send):
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     # --- control ------------------------------------------------------------------------------------------------------
 
@@ -122,31 +121,6 @@ class Shard:
             dtype=loaded.dtype,
             device=str(loaded.device),
         )
-
-    @ray.method(concurrency_group="control")
-    def add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...], checkout: list[Any]) -> None:
-        """Takes a turn in. `checkout` boxes a reference to what the node's store answers: a list with one object
-        reference per step in DRAM. It is looked into only if the turn loads them: what HBM has waits for no store."""
-        deadline_s = self._plan.engine.load_deadline_s
-        restore = restore_sources(
-            steps, lambda: ray.get(checkout[0], timeout=deadline_s) if checkout else [], self._readers, deadline_s
-        )
-        self._engine.add(
-            Request(
-                turn_id=turn.turn_id,
-                token_ids=turn.token_ids,
-                sampling=turn.sampling,
-                num_prior=turn.num_prior,
-                cuts=turn.cuts,
-                restore=restore,
-                root=turn.root or self._root,
-                save=turn.reuse,
-            )
-        )
-
-    @ray.method(concurrency_group="control")
-    def abort(self, turn_id: str) -> None:
-        self._engine.abort(turn_id)
 
     @ray.method(concurrency_group="control")
     def drop_chunks(self, keys: tuple[str, ...]) -> None:
@@ -174,17 +148,74 @@ class Shard:
         """The chunk's Arrow bytes, in parts; the caller owns the object and the write buffer forgets it."""
         return in_parts(self._engine.take_chunk(key))
 
-    # --- outputs ------------------------------------------------------------------------------------------------------
+    # --- turns in -----------------------------------------------------------------------------------------------------
 
-    @ray.method(concurrency_group="outputs")
-    def harvest(self) -> Harvest:
-        """Waits until something happened, or half a second."""
+    def _receive(self) -> None:
+        """Until the replica is gone: Ray ends its shard then."""
+        try:
+            while True:
+                match self._link.receive():
+                    case AddTurn(request, steps):
+                        self._add(request, steps)
+                    case AbortTurn(turn_id):
+                        self._engine.abort(turn_id)
+        except OSError as error:
+            log.warning("no more turns: %s", error)
+
+    def _add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...]) -> None:
+        """A turn that cannot be taken fails alone."""
+        try:
+            self._engine.add(self._request(turn, steps))
+        except Exception as error:  # the thread must live on, and the client hear of it
+            if not isinstance(error, ValueError):
+                log.exception("turn %s could not be taken", turn.turn_id)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            refusal = TurnOutput(turn_id=turn.turn_id, finish_reason=FinishReason.FAILED, error=reason, is_refused=True)
+            self._tell([refusal], [])
+
+    def _request(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...]) -> Request:
+        return Request(
+            turn_id=turn.turn_id,
+            token_ids=turn.token_ids,
+            sampling=turn.sampling,
+            num_prior=turn.num_prior,
+            cuts=turn.cuts,
+            restore=restore_sources(steps, self._checkout(steps), self._readers, self._plan.engine.load_deadline_s),
+            root=turn.root or self._root,
+            save=turn.reuse,
+        )
+
+    def _checkout(self, steps: Sequence[m.RestoreStep]) -> Callable[[], Sequence[Any]]:
+        """Brings the store's references to what is wanted from DRAM. It is asked at once for what HBM has not."""
+        keys = [step.chunk for step in steps if step.tier == m.Tier.DRAM]
+
+        def ask() -> Any:
+            return self._store.checkout.remote(keys)
+
+        asked = [] if len(self._engine.kept(keys)) == len(keys) else [ask()]
+        return lambda: ray.get(asked[0] if asked else ask(), timeout=self._plan.engine.load_deadline_s)
+
+    # --- outputs out --------------------------------------------------------------------------------------------------
+
+    def _tell(self, outputs: list[TurnOutput], chunks: list[ReadyChunk]) -> None:
         with self._news:
-            if not (self._outputs or self._chunks):
-                self._news.wait(IDLE_WAIT_S)
-            taken = Harvest(self._outputs, self._chunks)
-            self._outputs, self._chunks = [], []
-        return taken
+            self._outputs += outputs
+            self._chunks += chunks
+            self._news.notify_all()
+
+    def _send(self) -> None:
+        """What happened while the last message was on its way goes as one. Until the replica is gone."""
+        try:
+            while True:
+                with self._news:
+                    self._news.wait_for(lambda: self._outputs or self._chunks)
+                    harvest = Harvest(self._outputs, self._chunks)
+                    self._outputs, self._chunks = [], []
+                self._link.send(harvest)
+        except OSError as error:
+            log.warning("no more outputs: %s", error)
+
+    # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _run(self, built: Future[tuple[Engine, float]]) -> None:
         """The engine's thread, from the loading of the model on: OpenMP keeps threads for every thread that ever
@@ -206,10 +237,7 @@ class Shard:
                 outputs = engine.step() if engine.wait_for_work(IDLE_WAIT_S) else []
                 chunks = engine.ready_chunks()
                 if outputs or chunks:
-                    with self._news:
-                        self._outputs += outputs
-                        self._chunks += chunks
-                        self._news.notify_all()
+                    self._tell(outputs, chunks)
         except Exception:
             log.exception("the engine broke; this shard ends")
             os._exit(1)

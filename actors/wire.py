@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from actors.engine.params import SampledToken, SamplingParams
-from actors.engine.turns import FinishReason
-from policies.messages import Cause, Tier
+from actors.engine.turns import FinishReason, ReadyChunk, TurnOutput
+from policies.messages import Cause, RestoreStep, Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +69,26 @@ class TurnEnd:
 
 
 Piece = Started | Delta | TurnEnd
+
+
+@dataclass(frozen=True, slots=True)
+class AddTurn:
+    """From replica to shard: run this attempt, restoring by these steps."""
+
+    request: TurnRequest
+    steps: tuple[RestoreStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AbortTurn:
+    """From replica to shard: this attempt is not wanted any more."""
+
+    turn_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Harvest:
+    """From shard to replica: what happened in the engine, outputs and chunks now offered to the store."""
+
+    outputs: list[TurnOutput]
+    chunks: list[ReadyChunk]

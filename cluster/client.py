@@ -66,6 +66,7 @@ class Client:
         self._scheduler = scheduler
         self.model = model
         self._max_waiting = max_waiting
+        self._replicas: dict[m.ReplicaId, Any] = {}  # handles
 
     async def run(
         self,
@@ -101,7 +102,7 @@ class Client:
             assignment = await self._submit(request, is_new=progress.answer.num_attempts == 1)
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
-            stream = assignment.replica.generate.options(num_returns="streaming")
+            stream = self._replicas[replica_id].generate.options(num_returns="streaming")
             async for ref in stream.remote(request, assignment.dispatch):
                 for piece in await ref:
                     progress.receive(piece)
@@ -112,11 +113,14 @@ class Client:
         """A turn that was taken once is not refused later on."""
         try:
             limit = self._max_waiting if is_new else None
-            assignment: Assignment = await self._scheduler.submit.remote(self._describe(request), limit)
+            known = frozenset(self._replicas)
+            assignment: Assignment = await self._scheduler.submit.remote(self._describe(request), limit, known)
         except RayTaskError as error:
             if isinstance(error.cause, (QueueFull, SessionGone)):
                 raise error.cause from None
             raise
+        if assignment.replica is not None:
+            self._replicas[assignment.dispatch.replica_id] = assignment.replica
         return assignment
 
     async def _recover(self, progress: _Progress, replica_id: str, error: RayError) -> None:
@@ -126,6 +130,7 @@ class Client:
         if progress.answer.num_attempts >= MAX_ATTEMPTS:
             raise TurnFailed(f"gave up after {MAX_ATTEMPTS} attempts: {reason}") from error
         if replica_id and isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
+            self._replicas.pop(replica_id, None)
             self._scheduler.replica_lost.remote(replica_id)
         await asyncio.sleep(RETRY_S * progress.answer.num_attempts)
 

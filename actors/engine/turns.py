@@ -257,6 +257,8 @@ class TurnOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     """One line, with FAILED only."""
+    is_refused: bool = False
+    """With FAILED: it can never run here, however often it is tried."""
     started: StartInfo | None = None
     """Once per turn, as soon as its restore is over (also when there was nothing to restore)."""
     first_token_at: float | None = None
@@ -269,6 +271,7 @@ class TurnOutput:
             tokens=self.tokens + later.tokens,
             finish_reason=later.finish_reason or self.finish_reason,
             error=later.error or self.error,
+            is_refused=later.is_refused or self.is_refused,
             started=later.started or self.started,
             first_token_at=self.first_token_at if self.first_token_at is not None else later.first_token_at,
         )
