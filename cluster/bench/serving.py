@@ -133,7 +133,7 @@ async def _returning_turns(
     cached: dict[str, list[int]] = {"direct": [], "http": []}
     num_tokens = 0
     with ExitStack() as stack:
-        alone: Callable[[], float] | None = None
+        alone: Callable[[int], float] | None = None
         for turn in range(WARM_UPS + options.repeats):
             options.progress(f"a chat with returning turns, round {turn + 1} of {WARM_UPS + options.repeats}")
             found: dict[str, list[_Return]] = {}
@@ -142,8 +142,8 @@ async def _returning_turns(
                 found[way] = await converse(deployed, http, _words_of_turns(options))
             middle = found["http"][len(found["http"]) // 2]
             num_tokens = middle.num_tokens
-            alone = alone or stack.enter_context(_engine_alone(options, num_tokens, middle.num_cached))
-            seconds = [alone() for _ in found["http"]]
+            alone = alone or stack.enter_context(_engine_alone(options, middle.num_cached))
+            seconds = [alone(one.num_new) for one in found["http"]]
             if turn < WARM_UPS:
                 continue
             samples["engine"] += seconds
@@ -167,6 +167,11 @@ class _Return:
     num_cached: int
     num_tokens: int
     """Of its prompt."""
+
+    @property
+    def num_new(self) -> int:
+        """Tokens to compute."""
+        return max(1, self.num_tokens - self.num_cached)
 
 
 async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: Sequence[int]) -> list[_Return]:
@@ -252,19 +257,18 @@ async def _floor(http: httpx.AsyncClient, count: int) -> list[float]:
 
 
 @contextmanager
-def _engine_alone(options: BenchOptions, num_tokens: int, num_cached: int) -> Iterator[Callable[[], float]]:
-    """Runs a turn of that size in an engine of this process, as `bench ttft` does (history, in chunks, in HBM), after
-    the same pause: its TTFT."""
+def _engine_alone(options: BenchOptions, num_cached: int) -> Iterator[Callable[[int], float]]:
+    """Runs a turn of so many new tokens behind such a history in an engine of this process, as `bench ttft` does (the
+    history, in chunks, in HBM), after the same pause: its TTFT."""
     loaded = LoadedModel.load(options.model, dtype=options.computed_dtype, device=options.computed_device)
     chunk = 32 if options.quick else 128
-    new = max(1, num_tokens - num_cached)
     history = max(1, round(num_cached / chunk)) * chunk
     bench = TurnBench(loaded, history, num_threads=options.threads, quick=options.quick)
 
-    def once() -> float:
+    def once(num_new: int) -> float:
         bench.warm_hbm()
         time.sleep(THINK_S)
-        return bench.run((*bench.history, *bench.tokens(new))).ttft_s
+        return bench.run((*bench.history, *bench.tokens(num_new))).ttft_s
 
     try:
         yield once

@@ -166,15 +166,19 @@ async def _stream(
     opened: set[int] = set()
     try:
         async for index, event in generation.events():
+            if isinstance(event, TurnAccount):
+                continue
+            choices = []
             opening = bodies.opening(index)
-            if opening is not None and index not in opened and not isinstance(event, TurnAccount):
+            if opening is not None and index not in opened:
                 opened.add(index)  # with the first token, not before: clients take the time of the first chunk
-                yield sse({**head, "choices": [opening], **usage_field})
+                choices.append(opening)
             if isinstance(event, Delta):
-                yield sse({**head, "choices": [bodies.piece(index, event, lengths[index])], **usage_field})
+                choices.append(bodies.piece(index, event, lengths[index]))
                 lengths[index] += len(event.text)
-            elif isinstance(event, Answer):
-                yield sse({**head, "choices": [bodies.closing(index, event)], **usage_field})
+            else:
+                choices.append(bodies.closing(index, event))
+            yield b"".join(sse({**head, "choices": [choice], **usage_field}) for choice in choices)
         if body.wants_usage:
             answers = [generation.answers[index] for index in range(len(lengths))]
             yield sse({**head, "choices": [], "usage": _usage(service, generation, answers, num_prompts)})
