@@ -47,8 +47,13 @@ DEFAULT_LOCAL_STORE_BYTES = 4 * 1024**3
 MAX_WAITING = 100_000
 STATS_LIMIT_S = 30  # for all actors together; one takes some seconds to restart
 
-# Ray moves nothing to disk on its own here, and gives freed space back at once (FINDINGS of the store's measurements).
-RAY_SYSTEM_CONFIG = {"automatic_object_spilling_enabled": False, "free_objects_period_milliseconds": 0}
+# Ray moves nothing to disk on its own here, gives freed space back at once, and lets actors run as equals of its own
+# processes: with a model on the CPU, each step would wait for the dashboard's agent and the log monitor.
+RAY_SYSTEM_CONFIG = {
+    "automatic_object_spilling_enabled": False,
+    "free_objects_period_milliseconds": 0,
+    "worker_niceness": 0,
+}
 
 
 class BringUpError(RuntimeError):

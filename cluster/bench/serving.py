@@ -1,9 +1,9 @@
 """What HTTP and Ray Serve cost: a returning turn through them, against the same turn asked of the cluster directly.
 
-One deployment as `reprise serve` makes it. Conversations of equal length, one asked through HTTP, one through the
-Python client of the same scheduler and replica, one of an engine in this process: a long first turn, then short ones,
-each after a pause, whose times to first token count. Then so many chats at a time stream their answers, through HTTP
-and directly.
+One deployment as `reprise serve` makes it. Conversations of equal length side by side, one asked through HTTP, one
+through the Python client of the same scheduler and replica, one of an engine in this process: a long first turn, then
+short ones, each after a pause, whose times to first token count. Then so many chats at a time stream their answers,
+through HTTP and directly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cluster.conversations import Message
 HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 48
 NUM_RETURNS, QUICK_NUM_RETURNS = 4, 1
 MAX_STREAM_ROUNDS = 4
-THINK_S = 1.5  # before a returning turn: what the one before it has computed is saved by then
+PAUSE_S = 0.5  # between turns; a conversation's own next one comes behind the others', when what it has is saved
 QUICK_HISTORY_WORDS, QUICK_NUM_CHATS, QUICK_STREAM_TOKENS = 60, 4, 8
 MAX_ADDED_S, MAX_TTFT_RATIO, MIN_STREAM_RATIO = 0.010, 1.15, 0.95
 WARM_UPS = 1
@@ -128,32 +128,42 @@ async def _measure(options: BenchOptions, deployed: _Deployed) -> Result:
 async def _returning_turns(
     options: BenchOptions, deployed: _Deployed, http: httpx.AsyncClient
 ) -> tuple[dict[str, list[float]], dict[str, list[int]], int]:
-    """TTFT by way, cached tokens by way, and tokens of a prompt. The three ways take turns."""
+    """TTFT by way, cached tokens by way, and tokens of a prompt. Three conversations go on side by side, so that their
+    turns are neighbours in time: one asked directly, one through HTTP, and turns of the latter's lengths in an engine
+    alone."""
     samples: dict[str, list[float]] = {"engine": [], "direct": [], "http": []}
     cached: dict[str, list[int]] = {"direct": [], "http": []}
-    num_tokens = 0
+    num_tokens: list[int] = []
     with ExitStack() as stack:
         alone: Callable[[int], float] | None = None
         for turn in range(WARM_UPS + options.repeats):
             options.progress(f"a chat with returning turns, round {turn + 1} of {WARM_UPS + options.repeats}")
-            found: dict[str, list[_Return]] = {}
-            for way in ("direct", "http") if turn % 2 == 0 else ("http", "direct"):
-                converse = _converse_directly if way == "direct" else _converse_over_http
-                found[way] = await converse(deployed, http, _words_of_turns(options))
-            middle = found["http"][len(found["http"]) // 2]
-            num_tokens = middle.num_tokens
-            alone = alone or stack.enter_context(_engine_alone(options, middle.num_cached))
-            seconds = [alone(one.num_new) for one in found["http"]]
-            if turn < WARM_UPS:
-                continue
-            samples["engine"] += seconds
-            for way, returns in found.items():
-                samples[way] += [one.ttft_s for one in returns]
-                cached[way] += [one.num_cached for one in returns]
-    return samples, cached, num_tokens
+            chats: dict[str, _DirectChat | _HttpChat] = {
+                "direct": _DirectChat(deployed),
+                "http": _HttpChat(deployed, http),
+            }
+            for number, count in enumerate(_words_of_turns(options)):
+                found: dict[str, _Return] = {}
+                for way in sorted(chats, reverse=(turn + number) % 2 == 0):
+                    found[way] = await chats[way].ask(count)
+                    await asyncio.sleep(PAUSE_S)
+                if not number:
+                    continue
+                alone = alone or stack.enter_context(_engine_alone(options, found["http"].num_cached))
+                seconds = alone(found["http"].num_new)
+                await asyncio.sleep(PAUSE_S)
+                if turn < WARM_UPS:
+                    continue
+                samples["engine"].append(seconds)
+                num_tokens.append(found["http"].num_tokens)
+                for way, one in found.items():
+                    samples[way].append(one.ttft_s)
+                    cached[way].append(one.num_cached)
+    return samples, cached, round(median(num_tokens))
 
 
 def _words_of_turns(options: BenchOptions) -> tuple[int, ...]:
+    """New words of each turn."""
     if options.quick:
         return (QUICK_HISTORY_WORDS, *[NEW_WORDS] * QUICK_NUM_RETURNS)
     return (HISTORY_WORDS, *[NEW_WORDS] * NUM_RETURNS)
@@ -174,41 +184,44 @@ class _Return:
         return max(1, self.num_tokens - self.num_cached)
 
 
-async def _converse_directly(deployed: _Deployed, _: httpx.AsyncClient, words: Sequence[int]) -> list[_Return]:
-    """Turns of so many new words each; all but the first."""
-    transcript = Transcript(deployed.chat, "bench")
-    name = f"bench-{deployed.rng.random()}"
-    turns = []
-    for number, count in enumerate(words):
-        await asyncio.sleep(THINK_S if number else 0.0)
-        prompt = transcript.prompt([Message("user", deployed.words(count))])
+class _DirectChat:
+    """A conversation with the cluster."""
+
+    def __init__(self, deployed: _Deployed) -> None:
+        self._deployed = deployed
+        self._transcript = Transcript(deployed.chat, "bench")
+        self._name = f"bench-{deployed.rng.random()}"
+        self._num_turns = 0
+
+    async def ask(self, num_words: int) -> _Return:
+        self._num_turns += 1
+        prompt = self._transcript.prompt([Message("user", self._deployed.words(num_words))])
         request = TurnRequest(
-            turn_id=f"{name}#{number}",
-            session_id=name,
+            turn_id=f"{self._name}#{self._num_turns}",
+            session_id=self._name,
             token_ids=prompt.token_ids,
             cuts=prompt.cuts,
             sampling=SamplingParams(max_new_tokens=ANSWER_TOKENS, ignore_eos=True),
         )
-        answer = await deployed.client.run(request)
-        transcript.add_answer(answer.token_ids, answer.text)
+        answer = await self._deployed.client.run(request)
+        self._transcript.add_answer(answer.token_ids, answer.text)
         assert answer.ttft_s is not None
-        account = answer.account
-        turns.append(_Return(answer.ttft_s, sum(account.reused.values()), account.num_prompt_tokens))
-    return turns[1:]
+        return _Return(answer.ttft_s, sum(answer.account.reused.values()), answer.account.num_prompt_tokens)
 
 
-async def _converse_over_http(deployed: _Deployed, http: httpx.AsyncClient, words: Sequence[int]) -> list[_Return]:
-    messages: list[dict[str, str]] = []
-    turns = []
-    for number, count in enumerate(words):
-        await asyncio.sleep(THINK_S if number else 0.0)
-        messages.append({"role": "user", "content": deployed.words(count)})
-        stream = await _ask(http, messages, ANSWER_TOKENS)
-        messages.append({"role": "assistant", "content": stream.text})
+class _HttpChat:
+    """A conversation over HTTP."""
+
+    def __init__(self, deployed: _Deployed, http: httpx.AsyncClient) -> None:
+        self._deployed, self._http = deployed, http
+        self._messages: list[dict[str, str]] = []
+
+    async def ask(self, num_words: int) -> _Return:
+        self._messages.append({"role": "user", "content": self._deployed.words(num_words)})
+        stream = await _ask(self._http, self._messages, ANSWER_TOKENS)
+        self._messages.append({"role": "assistant", "content": stream.text})
         usage = stream.usage
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        turns.append(_Return(stream.ttft_s, cached, usage["prompt_tokens"]))
-    return turns[1:]
+        return _Return(stream.ttft_s, usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"])
 
 
 @dataclass
@@ -267,7 +280,7 @@ def _engine_alone(options: BenchOptions, num_cached: int) -> Iterator[Callable[[
 
     def once(num_new: int) -> float:
         bench.warm_hbm()
-        time.sleep(THINK_S)
+        time.sleep(PAUSE_S)
         return bench.run((*bench.history, *bench.tokens(num_new))).ttft_s
 
     try:
