@@ -109,8 +109,12 @@ class Replica:
         return await self._started
 
     async def _start(self) -> ModelInfo:
-        info: ModelInfo = await self._shard.info.remote()
-        await self._link.connect()
+        try:
+            info: ModelInfo = await self._shard.info.remote()
+            await self._link.connect()
+        except BaseException:
+            self._link.close()
+            raise
         loop = asyncio.get_running_loop()
         self._background = [
             loop.create_task(self._deliver()),

@@ -102,7 +102,7 @@ class Shard:
         }
         self._link = ShardEnd(replica)
         for work in (self._receive, self._send):
-            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
+            threading.Thread(target=self._attend, args=(work,), name=work.__name__.strip("_"), daemon=True).start()
 
     # --- control ------------------------------------------------------------------------------------------------------
 
@@ -150,17 +150,23 @@ class Shard:
 
     # --- turns in -----------------------------------------------------------------------------------------------------
 
-    def _receive(self) -> None:
-        """Until the replica is gone: Ray ends its shard then."""
+    def _attend(self, work: Callable[[], None]) -> None:
+        """One direction of the link, until the replica is gone: Ray ends its shard then."""
         try:
-            while True:
-                match self._link.receive():
-                    case AddTurn(request, steps):
-                        self._add(request, steps)
-                    case AbortTurn(turn_id):
-                        self._engine.abort(turn_id)
+            work()
         except OSError as error:
-            log.warning("no more turns: %s", error)
+            log.warning("the replica is gone: %s", error)
+        except Exception:
+            log.exception("the link broke; this shard ends")
+            os._exit(1)
+
+    def _receive(self) -> None:
+        while True:
+            match self._link.receive():
+                case AddTurn(request, steps):
+                    self._add(request, steps)
+                case AbortTurn(turn_id):
+                    self._engine.abort(turn_id)
 
     def _add(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...]) -> None:
         """A turn that cannot be taken fails alone."""
@@ -204,16 +210,13 @@ class Shard:
             self._news.notify_all()
 
     def _send(self) -> None:
-        """What happened while the last message was on its way goes as one. Until the replica is gone."""
-        try:
-            while True:
-                with self._news:
-                    self._news.wait_for(lambda: self._outputs or self._chunks)
-                    harvest = Harvest(self._outputs, self._chunks)
-                    self._outputs, self._chunks = [], []
-                self._link.send(harvest)
-        except OSError as error:
-            log.warning("no more outputs: %s", error)
+        """What happened while the last message was on its way goes as one."""
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._outputs or self._chunks)
+                harvest = Harvest(self._outputs, self._chunks)
+                self._outputs, self._chunks = [], []
+            self._link.send(harvest)
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
