@@ -45,7 +45,8 @@ class ReplicaEnd:
     def send(self, message: Any) -> None:
         """Does not wait. What is sent to a shard that is gone is lost: `receive` tells."""
         assert self._writer is not None, "the shard has not connected"
-        self._writer.write(_framed(message))
+        if not self._writer.is_closing():
+            self._writer.write(_framed(message))
 
     async def receive(self) -> Any:
         """The next message. ConnectionError when the shard is gone."""

@@ -95,9 +95,9 @@ class Replica:
         self._node_id = node_id
         self._plan = plan
         self._scheduler = ray.get_actor(scheduler)
+        self._tokenizer = load_tokenizer(plan.shard.engine.model)
         self._link = ReplicaEnd()
         self._shard = create_shard(plan, self._link.address, store)
-        self._tokenizer = load_tokenizer(plan.shard.engine.model)
         self._running: dict[str, _Running] = {}  # by the attempt's name
         self._sessions: OrderedDict[str, m.SessionId] = OrderedDict()  # of recent attempts, for their chunks
         self._background: list[asyncio.Task[None]] = []
@@ -112,8 +112,13 @@ class Replica:
         try:
             info: ModelInfo = await self._shard.info.remote()
             await self._link.connect()
-        except BaseException:
+        except BaseException as error:
             self._link.close()
+            if (
+                ray.get_runtime_context().was_current_actor_reconstructed
+            ):  # nobody waits in `ready` who could hear of it
+                log.error("this replica ends, its shard did not start: %s", error)
+                os._exit(1)
             raise
         loop = asyncio.get_running_loop()
         self._background = [
@@ -140,6 +145,7 @@ class Replica:
     async def generate(self, request: TurnRequest, dispatch: m.Dispatch) -> AsyncIterator[tuple[Piece, ...]]:
         """Streams one attempt's pieces, together those that came together; the last one is a TurnEnd. Leaving the
         stream early aborts the attempt."""
+        await asyncio.shield(self._started)  # Ray calls an actor alive that loads its model again
         running = _Running(request, dispatch, asyncio.Queue())
         name = running.name
         self._running[name] = running
@@ -217,29 +223,28 @@ class Replica:
 
     async def _deliver(self) -> None:
         """Brings the shard's outputs to the turns that wait for them: tokens at once; ends behind the offer of new
-        chunks, because the session's next turn must find them known. Nobody waits until the scheduler has heard."""
-        while True:
-            harvest = await self._harvest()
-            self._pass_on(output for output in harvest.outputs if output.finish_reason is None)
-            if harvest.chunks:
-                await asyncio.sleep(0)  # streams go first
-                self._offer(harvest.chunks)
-            self._pass_on(output for output in harvest.outputs if output.finish_reason is not None)
+        chunks, because the session's next turn must find them known. Nobody waits until the scheduler has heard.
+
+        Without its shard this replica ends; Ray starts both anew."""
+        try:
+            while True:
+                harvest: Harvest = await self._link.receive()
+                self._pass_on(output for output in harvest.outputs if output.finish_reason is None)
+                if harvest.chunks:
+                    await asyncio.sleep(0)  # streams go first
+                    self._offer(harvest.chunks)
+                self._pass_on(output for output in harvest.outputs if output.finish_reason is not None)
+        except OSError as error:
+            log.error("this replica ends: %s", error)
+        except Exception:
+            log.exception("outputs cannot be delivered; this replica ends")
+        os._exit(1)
 
     def _pass_on(self, outputs: Iterable[TurnOutput]) -> None:
         for output in outputs:
             running = self._running.get(output.turn_id)
             if running is not None:
                 running.outputs.put_nowait(output)
-
-    async def _harvest(self) -> Harvest:
-        """If the shard is gone, so is this replica; Ray starts both anew."""
-        try:
-            harvest: Harvest = await self._link.receive()
-        except OSError as error:
-            log.error("this replica ends: %s", error)
-            os._exit(1)
-        return harvest
 
     def _offer(self, chunks: list[ReadyChunk]) -> None:
         by_session: dict[str, list[m.ChunkInfo]] = {}

@@ -151,14 +151,14 @@ class Shard:
     # --- turns in -----------------------------------------------------------------------------------------------------
 
     def _attend(self, work: Callable[[], None]) -> None:
-        """One direction of the link, until the replica is gone: Ray ends its shard then."""
+        """One direction of the link. Without its replica this shard ends."""
         try:
             work()
         except OSError as error:
-            log.warning("the replica is gone: %s", error)
+            log.warning("this shard ends: %s", error)
         except Exception:
             log.exception("the link broke; this shard ends")
-            os._exit(1)
+        os._exit(1)
 
     def _receive(self) -> None:
         while True:
@@ -176,7 +176,12 @@ class Shard:
             if not isinstance(error, ValueError):
                 log.exception("turn %s could not be taken", turn.turn_id)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            refusal = TurnOutput(turn_id=turn.turn_id, finish_reason=FinishReason.FAILED, error=reason, is_refused=True)
+            refusal = TurnOutput(
+                turn_id=turn.turn_id,
+                finish_reason=FinishReason.FAILED,
+                error=reason,
+                is_refused=isinstance(error, ValueError),
+            )
             self._tell([refusal], [])
 
     def _request(self, turn: TurnRequest, steps: tuple[m.RestoreStep, ...]) -> Request:
@@ -192,7 +197,7 @@ class Shard:
         )
 
     def _checkout(self, steps: Sequence[m.RestoreStep]) -> Callable[[], Sequence[Any]]:
-        """Brings the store's references to what is wanted from DRAM. It is asked at once for what HBM has not."""
+        """Brings the store's references to what is wanted from DRAM. It is asked at once unless HBM has all of it."""
         keys = [step.chunk for step in steps if step.tier == m.Tier.DRAM]
 
         def ask() -> Any:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 6
 RETRY_S = 0.5
+MAX_KNOWN_REPLICAS = 256
 
 
 class TurnFailed(RuntimeError):  # noqa: N818 - named like the event
@@ -102,7 +103,7 @@ class Client:
             assignment = await self._submit(request, is_new=progress.answer.num_attempts == 1)
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
-            stream = self._replicas[replica_id].generate.options(num_returns="streaming")
+            stream = assignment.replica.generate.options(num_returns="streaming")
             async for ref in stream.remote(request, assignment.dispatch):
                 for piece in await ref:
                     progress.receive(piece)
@@ -113,15 +114,19 @@ class Client:
         """A turn that was taken once is not refused later on."""
         try:
             limit = self._max_waiting if is_new else None
-            known = frozenset(self._replicas)
-            assignment: Assignment = await self._scheduler.submit.remote(self._describe(request), limit, known)
+            known = dict(self._replicas)  # another turn may lose one meanwhile
+            answer: Assignment = await self._scheduler.submit.remote(self._describe(request), limit, frozenset(known))
         except RayTaskError as error:
             if isinstance(error.cause, (QueueFull, SessionGone)):
                 raise error.cause from None
             raise
-        if assignment.replica is not None:
-            self._replicas[assignment.dispatch.replica_id] = assignment.replica
-        return assignment
+        replica_id = answer.dispatch.replica_id
+        if answer.replica is None:
+            return replace(answer, replica=known[replica_id])
+        self._replicas[replica_id] = answer.replica
+        while len(self._replicas) > MAX_KNOWN_REPLICAS:
+            self._replicas.pop(next(iter(self._replicas)))
+        return answer
 
     async def _recover(self, progress: _Progress, replica_id: str, error: RayError) -> None:
         """An actor failed: tell the scheduler, wait a little, let the next attempt go on."""

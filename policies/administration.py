@@ -130,10 +130,11 @@ class Administrator:
     # --- over ---------------------------------------------------------------------------------------------------------
 
     def on_expired(self, event: SessionExpired) -> None:
+        """Chunks that were there before this scheduler belong to no session that it knows of."""
         session = self._board.sessions.get(event.session_id)
         chunks = [chunk for mark in event.prompt for chunk in self._catalog.carriers(mark.key)]
-        for chunk in chunks if session is not None else ():
-            if chunk.session is session and not chunk.expired:
+        for chunk in chunks:
+            if (chunk.session is None or chunk.session is session) and not chunk.expired:
                 self._catalog.expire_chunk(chunk)
 
     # --- deleted ------------------------------------------------------------------------------------------------------

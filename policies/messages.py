@@ -288,7 +288,8 @@ class SessionPinned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionExpired:
-    """The session is over: of the chunks with these marks, those it used last are the first to go."""
+    """The session is over: of the chunks with these marks, those it used last are the first to go, and those of which
+    nobody knows who did (they were stored before the scheduler began)."""
 
     session_id: SessionId
     prompt: tuple[Mark, ...]

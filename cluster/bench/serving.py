@@ -38,7 +38,7 @@ from cluster.conversations import Message
 HISTORY_WORDS, NEW_WORDS, ANSWER_TOKENS, NUM_CHATS, STREAM_TOKENS = 700, 24, 16, 32, 48
 NUM_RETURNS, QUICK_NUM_RETURNS = 4, 1
 MAX_STREAM_ROUNDS = 4
-PAUSE_S = 0.5  # between turns; a conversation's own next one comes behind the others', when what it has is saved
+THINK_S = 1.5  # before every turn nobody does anything for so long; what was computed before is saved by then
 QUICK_HISTORY_WORDS, QUICK_NUM_CHATS, QUICK_STREAM_TOKENS = 60, 4, 8
 MAX_ADDED_S, MAX_TTFT_RATIO, MIN_STREAM_RATIO = 0.010, 1.15, 0.95
 WARM_UPS = 1
@@ -129,8 +129,8 @@ async def _returning_turns(
     options: BenchOptions, deployed: _Deployed, http: httpx.AsyncClient
 ) -> tuple[dict[str, list[float]], dict[str, list[int]], int]:
     """TTFT by way, cached tokens by way, and tokens of a prompt. Three conversations go on side by side, so that their
-    turns are neighbours in time: one asked directly, one through HTTP, and turns of the latter's lengths in an engine
-    alone."""
+    turns are neighbours in time: one asked directly, one through HTTP, and one of an engine alone, which computes as
+    many new tokens as the turn through HTTP."""
     samples: dict[str, list[float]] = {"engine": [], "direct": [], "http": []}
     cached: dict[str, list[int]] = {"direct": [], "http": []}
     num_tokens: list[int] = []
@@ -145,13 +145,12 @@ async def _returning_turns(
             for number, count in enumerate(_words_of_turns(options)):
                 found: dict[str, _Return] = {}
                 for way in sorted(chats, reverse=(turn + number) % 2 == 0):
+                    await asyncio.sleep(THINK_S)
                     found[way] = await chats[way].ask(count)
-                    await asyncio.sleep(PAUSE_S)
                 if not number:
                     continue
                 alone = alone or stack.enter_context(_engine_alone(options, found["http"].num_cached))
                 seconds = alone(found["http"].num_new)
-                await asyncio.sleep(PAUSE_S)
                 if turn < WARM_UPS:
                     continue
                 samples["engine"].append(seconds)
@@ -280,7 +279,7 @@ def _engine_alone(options: BenchOptions, num_cached: int) -> Iterator[Callable[[
 
     def once(num_new: int) -> float:
         bench.warm_hbm()
-        time.sleep(PAUSE_S)
+        time.sleep(THINK_S)
         return bench.run((*bench.history, *bench.tokens(num_new))).ttft_s
 
     try:

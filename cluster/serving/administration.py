@@ -116,7 +116,7 @@ class Administration:
         """Its chunks are the first to go from now on."""
         session = await self._get(scope, session_id)
         name = scheduler_session(scope, session_id)
-        await self._tell(self.connection.state.scheduler.expire.remote(name, session.marks))
+        await self._tell(self.connection.state.scheduler.expire.remote(name, session.own_marks))
 
     async def delete(self, scope: str, session_id: str) -> dict[str, Any]:
         """Cancels what it runs, and removes its KV from every tier and its history from memory and disk.

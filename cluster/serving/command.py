@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from ipaddress import ip_address
 from typing import Any
 
 APPLICATION = "reprise"
@@ -68,6 +69,10 @@ def serve_until_interrupted(config: Any, host: str, port: int) -> None:
     bringup.check(config)
     _check_port(host, port)
     open_keyring(config.serving.keys_file)
+    if config.serving.keys_file is None and not _is_loopback(host):
+        _say(
+            f"warning: whoever reaches {host}:{port} may ask, see and delete everything; --keys FILE asks for API keys"
+        )
     load_tokenizer(config.model.path)  # last: it takes seconds
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -115,6 +120,13 @@ def _cause(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if "Error: " in line and not line.startswith("ray.")]
     return raised[-1].partition("Error: ")[2] if raised else lines[-1] if lines else "the application did not start"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -18,10 +18,11 @@ from urllib.parse import urlparse
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.history import HistoryActor
 from cluster.bringup import BringUpError, Running, running
-from cluster.config import Config
+from cluster.config import Config, ConfigError
 from cluster.serving.connection import ClusterState
 from cluster.serving.scaling import Load, Scaler
 
@@ -91,16 +92,21 @@ class Keeper:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            try:
-                await asyncio.to_thread(self._cluster.add_stores)
-                stats = await asyncio.to_thread(self._cluster.scheduler_stats)
-                await self._restart_hung()
-                if stats:
-                    await self._scale(stats)
-            except (RayError, BringUpError) as error:
-                log.warning("the cluster could not be looked after just now: %s", error)
+            for duty in (self._restart_hung, self._scale, self._add_stores):
+                try:
+                    await duty()
+                except (RayError, BringUpError, ConfigError) as error:
+                    log.warning("the cluster could not be looked after just now: %s", error)
+                except Exception:
+                    log.exception("the cluster could not be looked after just now")
 
-    async def _scale(self, stats: dict[str, Any]) -> None:
+    async def _add_stores(self) -> None:
+        await asyncio.to_thread(self._cluster.add_stores)
+
+    async def _scale(self) -> None:
+        stats = await asyncio.to_thread(self._cluster.scheduler_stats)
+        if not stats:
+            return
         fleet = {replica["replica_id"]: replica for replica in stats["fleet"]}
         self._starting -= fleet.keys()
         for replica_id in [name for name in self._closing if not fleet.get(name, {}).get("running")]:
@@ -146,13 +152,12 @@ class Keeper:
         replicas = dict(self._cluster.replicas)
         answers = await asyncio.gather(*(asyncio.to_thread(_stats, replica) for replica in replicas.values()))
         for (replica_id, replica), stats in zip(replicas.items(), answers):
-            is_well = stats is not None and stats["stalled_s"] < limit_s
-            if is_well or replica_id not in self._heard:  # a new one may be loading its model
-                if stats is not None:
-                    self._heard[replica_id] = now
-            elif now - self._heard[replica_id] > limit_s:
+            hangs = stats is not None and stats["stalled_s"] > limit_s
+            if stats is not None and not hangs:
+                self._heard[replica_id] = now
+            elif hangs or now - self._heard.get(replica_id, now) > limit_s:  # a new one may be loading its model
                 log.error("replica %s hangs; it is started anew", replica_id)
-                del self._heard[replica_id]
+                self._heard.pop(replica_id, None)
                 ray.kill(replica, no_restart=False)
         self._heard = {name: when for name, when in self._heard.items() if name in replicas}
 
@@ -182,7 +187,9 @@ def cluster_state(cluster: Running, history: Any) -> ClusterState:
 def start_history(config: Config) -> Any:
     """The actor that remembers conversations, on this process's node. OSError where it cannot write."""
     path = history_path(config)
-    actor = ray.remote(HistoryActor).options(num_cpus=0, max_restarts=-1).remote(path, config.serving.history_bytes)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    actor = ray.remote(HistoryActor).options(**options).remote(path, config.serving.history_bytes)
     ray.get(actor.ready.remote(), timeout=HISTORY_START_S)
     return actor
 

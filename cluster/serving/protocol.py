@@ -48,12 +48,12 @@ class ChatMessage(BaseModel):
     def to_message(self, index: int) -> Message:
         """As the chat template takes it. ApiError for content that is no text."""
         role = _ROLES.get(self.role, self.role)
+        if not self.content and role == "assistant":
+            return Message(role, sound(json.dumps(self.tool_calls, ensure_ascii=False)) if self.tool_calls else "")
         if isinstance(self.content, str):
             return Message(role, sound(self.content))
         if self.content is None:
-            if role != "assistant":
-                raise refuse(f"messages[{index}] has no content: give a string", f"messages[{index}].content")
-            return Message(role, json.dumps(self.tool_calls, ensure_ascii=False) if self.tool_calls else "")
+            raise refuse(f"messages[{index}] has no content: give a string", f"messages[{index}].content")
         texts = []
         for part in self.content:
             if part.type not in ("text", "input_text", "output_text") or part.text is None:
@@ -79,7 +79,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class CommonRequest(BaseModel):
@@ -129,7 +129,7 @@ class CommonRequest(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -15,6 +15,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ray.exceptions import RayError
 
@@ -34,7 +35,7 @@ from cluster.serving.openai_bodies import Speller
 from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest, check_session_id
 from cluster.serving.quotas import Admission, QuotaExceeded, Quotas
 from cluster.serving.recollection import Recalled, Recollection
-from cluster.serving.sessions import Session, SessionBook, last_turn, scheduler_session
+from cluster.serving.sessions import LastTurn, Session, SessionBook, last_turn, scheduler_session
 from cluster.serving.tenants import KeyRing, Tenant
 from policies.messages import Mark
 from storage import keys
@@ -78,6 +79,7 @@ class Service:
         self.num_running = 0
         self._mean_s = 1.0  # how long a request takes, for Retry-After
         self._tasks: set[asyncio.Task[None]] = set()
+        self._notes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held by those who write or wait
 
     # --- who ----------------------------------------------------------------------------------------------------------
 
@@ -145,6 +147,9 @@ class Service:
         except BaseException as error:
             await generation.close()
             raise self.in_words(error) from error
+        for one in recalled:
+            if not one.is_known:  # however it ends: what it leaves in the tiers can be found, and deleted
+                self._later(self._note(one, caller.scope))
         return generation
 
     def _max_new_tokens(self, request: CommonRequest, recalled: Recalled) -> int:
@@ -212,22 +217,25 @@ class Service:
             await self.recollection.remember(job.recalled, ids, answer.text)
         except (RayError, OSError) as error:
             log.warning("request %s: the conversation is not remembered: %s", caller.request_id, error)
-            return
-        self._later(self._note(job, answer, ids, caller.scope))
+        last = last_turn(answer, job.request.drift_at, self.connection.model.prefill_tokens_per_s)
+        self._later(self._note(job.recalled, caller.scope, ids, last))
 
-    async def _note(self, job: Job, answer: Answer, ids: tuple[int, ...], scope: str) -> None:
-        """The session's figures, for those who look."""
-        request, model, session_id = job.request, self.connection.model, job.recalled.session_id
-        tokens = request.token_ids + ids
-        cuts = {*request.cuts, len(request.token_ids), len(tokens) - 1}
-        chain = keys.chain(scope, tokens, model.chunk_tokens, cuts=cuts)
+    async def _note(
+        self, recalled: Recalled, scope: str, answer_ids: tuple[int, ...] = (), last: LastTurn | None = None
+    ) -> None:
+        """The session's marks and figures, for those who look, and to delete it by. One note of a session at a time."""
+        prompt, session_id = recalled.prompt, recalled.session_id
+        tokens = prompt.token_ids + answer_ids
+        cuts = {*prompt.cuts, len(prompt.token_ids), len(tokens) - 1} - {0}
+        chain = keys.chain(scope, tokens, self.connection.model.chunk_tokens, cuts=cuts)
         marks = [Mark(end, key) for end, key in chain]
-        last = last_turn(answer, request.drift_at, model.prefill_tokens_per_s)
+        lock = self._notes.setdefault(f"{scope}/{session_id}", asyncio.Lock())
         try:
-            session = await self.book.get(scope, session_id) or Session(session_id=session_id)
-            session = session.after(marks, job.recalled.prompt.num_shared, last, time.time())
-            await self.book.put(scope, session)
-            await self.administration.renew_pin(scope, session)
+            async with lock:
+                session = await self.book.get(scope, session_id) or Session(session_id=session_id)
+                session = session.after(marks, prompt.num_shared, last, time.time())
+                await self.book.put(scope, session)
+                await self.administration.renew_pin(scope, session)
         except (RayError, OSError) as error:
             log.warning("session %s is not noted: %s", session_id, error)
 

@@ -98,19 +98,19 @@ class Session:
         """All that is this conversation's alone begins with it (branches may begin otherwise)."""
         return next((mark for mark in self.marks if mark.end > self.num_shared), None)
 
-    def after(self, marks: Sequence[Mark], num_shared: int, last: LastTurn, now: float) -> Session:
-        """One turn later."""
+    def after(self, marks: Sequence[Mark], num_shared: int, last: LastTurn | None, now: float) -> Session:
+        """One turn later. `last` of None: the turn has only begun, with this prompt."""
         present = {mark.key for mark in marks}
         gone = [mark for mark in (*self.earlier, *self.marks) if mark.key not in present]
         earlier = tuple({mark.key: mark for mark in gone}.values())[-MAX_EARLIER_MARKS:]
         return replace(
             self,
-            turns=self.turns + 1,
+            turns=self.turns + (last is not None),
             marks=tuple(marks),
             earlier=earlier,
             num_shared=num_shared if not self.turns else min(num_shared, self.num_shared),
             updated_at=now,
-            last=last,
+            last=last or self.last,
         )
 
 

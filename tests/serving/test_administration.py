@@ -163,6 +163,29 @@ def test_a_session_is_deleted_while_it_speaks(server):
     wait_until(lambda: server.cluster.scheduler_stats()["turns_running"] == 0)
 
 
+def test_a_session_whose_first_answer_never_ended_can_be_deleted(server):
+    body = {
+        "messages": [{"role": "user", "content": QUESTION + "unfinished"}],
+        "max_tokens": 1500,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    headers = {"x-session-id": "unfinished"}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as reply:
+        lines = reply.iter_lines()
+        while "content" not in next(lines):
+            pass
+    wait_until(lambda: server.cluster.scheduler_stats()["turns_running"] == 0)
+    shown = call(server, "GET", "unfinished").json()
+    assert (shown["turns"], shown["last"]) == (0, None)
+    wait_until(lambda: all("ssd" in where for where in own_tiers(server, "unfinished")))
+    assert own_tiers(server, "unfinished")
+    deleted = call(server, "DELETE", "unfinished").json()
+    assert deleted["chunks"] > 0
+    assert deleted["chunks_left"] == 0
+    assert call(server, "GET", "unfinished").status_code == 404
+
+
 def test_a_session_may_be_expired(server):
     chat(server, "old", QUESTION + "old")
     assert call(server, "POST", "old", "/expire").json() == {"expired": True}

@@ -77,6 +77,8 @@ def test_no_request_is_the_servers_fault(served: Served, operation: Any, mode: G
         b'{"messages": [{"role": "assistant", "content": "x"}], "max_tokens": 2}',
         b'{"messages": [{"role": "tool", "content": "x"}], "max_tokens": 2}',
         b'{"messages": [{"role": "system", "content": ""}], "max_tokens": 2}',
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"x": "\\ud800"}]}], "max_tokens": 2}',
+        b'{"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": null}, "max_tokens": 2}',
         b"\xff\xfe",
         b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true, "top_logprobs": 20, "max_tokens": 2}',
         b'{"messages": [{"role": "user", "content": "x"}], "stop_token_ids": [9223372036854775807], "max_tokens": 2}',
