@@ -250,6 +250,15 @@ def test_chunks_of_an_expired_session_go_first_those_that_others_used_do_not() -
     assert press(driver) == names(E, A)
 
 
+def test_what_was_stored_before_the_scheduler_began_expires_too() -> None:
+    driver = make()
+    driver.feed(m.NodeLost("n1"))
+    stored = [(info, Tier.DRAM) for tokens in (A, B, D, E) for info in chunks_of(tokens)]
+    driver.join(dram=200, inventory=stored)
+    driver.feed(m.SessionExpired(session_id="unheard of", prompt=marks_of(D)))
+    assert press(driver)[0] == key_of(D)
+
+
 # --- deleted ----------------------------------------------------------------------------------------------------------
 
 
