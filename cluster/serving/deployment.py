@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 FOLLOW_S = 2.0
 MAX_ONGOING = 10_000  # of one front process; how many may wait is the scheduler's to say
 HEALTH_PERIOD_S, HEALTH_LIMIT_S = 10.0, 60.0
+HEAD = {"node:__internal_head__": 0.001}  # there the next one finds the conversations of the one before
 START_SLACK_S = 60.0
 
 
@@ -91,7 +92,7 @@ def build(config: Config) -> Application:
         graceful_shutdown_timeout_s=2 * drain_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=config.cluster.start_limit_s + START_SLACK_S,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": HEAD},
     )
     front = serve.deployment(
         Front,

@@ -80,11 +80,16 @@ class Quotas:
     def __init__(self) -> None:
         self._usages: dict[str, _Usage] = {}
 
+    def check(self, tenant: Tenant, now: float) -> None:
+        """Raises QuotaExceeded if no request, however short, may enter now: known before its prompt is."""
+        _check_requests(self._usage(tenant, now), tenant)
+
     def enter(self, tenant: Tenant, num_prompt_tokens: int, max_new_tokens: int, now: float) -> Admission:
         """Lets the request in; `leave` must follow. Raises QuotaExceeded, which counts nothing."""
         usage = self._usage(tenant, now)
         admission = Admission(tenant=tenant, num_tokens=num_prompt_tokens + max_new_tokens)
-        _check(usage, admission)
+        _check_requests(usage, tenant)
+        _check_tokens(usage, admission)
         usage.requests.level -= 1
         usage.num_held += admission.num_tokens
         usage.admissions.add(admission)
@@ -116,22 +121,25 @@ class Quotas:
         return usage
 
 
-def _check(usage: _Usage, admission: Admission) -> None:
-    tenant, num_tokens = admission.tenant, admission.num_tokens
+def _check_requests(usage: _Usage, tenant: Tenant) -> None:
     if tenant.max_concurrent is not None and len(usage.admissions) >= tenant.max_concurrent:
         raise QuotaExceeded(
             f"{tenant.max_concurrent} of your requests are running, as many as may at a time: wait for one to end",
             WAIT_FOR_ONE_S,
         )
+    wait_s = usage.requests.wait_s(1)
+    if wait_s > 0:
+        raise QuotaExceeded(f"you may send {tenant.requests_per_minute} requests a minute: wait {wait_s:.1f} s", wait_s)
+
+
+def _check_tokens(usage: _Usage, admission: Admission) -> None:
+    tenant, num_tokens = admission.tenant, admission.num_tokens
     if num_tokens > usage.tokens.per_minute:
         raise QuotaExceeded(
             f"the prompt and the longest answer asked for have {num_tokens} tokens together, more than the "
             f"{tenant.tokens_per_minute} you may use in a minute: shorten the prompt or lower max_tokens",
             None,
         )
-    wait_s = usage.requests.wait_s(1)
-    if wait_s > 0:
-        raise QuotaExceeded(f"you may send {tenant.requests_per_minute} requests a minute: wait {wait_s:.1f} s", wait_s)
     wait_s = usage.tokens.wait_s(usage.num_held + num_tokens)
     if wait_s > 0:
         raise QuotaExceeded(

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
@@ -98,8 +99,7 @@ class Service:
 
     async def chat_completion(self, request: ChatRequest, caller: Caller) -> Generation:
         """Starts the answers. ApiError for what cannot be answered; the generation must be closed."""
-        request.check()
-        self._check_model(request)
+        self._check(request, caller)
         try:
             recalled = await self.recollection.recall(
                 caller.scope, request.to_messages(), caller.session_id or request.session_id
@@ -110,8 +110,7 @@ class Service:
 
     async def completion(self, request: CompletionRequest, caller: Caller) -> Generation:
         """The same for plain texts; the choices of the first prompt come first."""
-        request.check()
-        self._check_model(request)
+        self._check(request, caller)
         recalled = [await self._recall_prompt(prompt, request, caller) for prompt in request.prompts()]
         return await self._generate(request, recalled, caller, request.logprobs)
 
@@ -189,10 +188,8 @@ class Service:
     def _admit(self, jobs: Sequence[Job], caller: Caller) -> Admission:
         num_prompt = sum(len(job.request.token_ids) for job in jobs)
         num_new = sum(job.request.sampling.max_new_tokens for job in jobs)
-        try:
+        with _quota_in_words():
             admission = self.quotas.enter(caller.tenant, num_prompt, num_new, time.monotonic())
-        except QuotaExceeded as error:
-            raise ApiError(429, str(error), code="quota_exceeded", retry_after_s=error.retry_after_s) from None
         self.num_running += 1
         return admission
 
@@ -249,6 +246,13 @@ class Service:
         await asyncio.gather(*self._tasks)
 
     # --- words --------------------------------------------------------------------------------------------------------
+
+    def _check(self, request: CommonRequest, caller: Caller) -> None:
+        """What can be told before the prompt is known."""
+        request.check()
+        self._check_model(request)
+        with _quota_in_words():
+            self.quotas.check(caller.tenant, time.monotonic())
 
     def _check_model(self, request: CommonRequest) -> None:
         name = self.model_name
@@ -310,6 +314,14 @@ class Service:
             case TurnFailed() | RayError():
                 return ApiError(503, f"the turn could not be answered: {error}", code="turn_failed", retry_after_s=1.0)
         return error
+
+
+@contextmanager
+def _quota_in_words() -> Iterator[None]:
+    try:
+        yield
+    except QuotaExceeded as error:
+        raise ApiError(429, str(error), code="quota_exceeded", retry_after_s=error.retry_after_s) from None
 
 
 def _session_deleted() -> ApiError:

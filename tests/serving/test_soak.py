@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 
 from tests.serving.server import Served, served_from, serving_config
 from tests.serving.test_door import wait_until
@@ -99,10 +100,14 @@ class Crowd:
 
 
 def memory_of(server: Served) -> int:
-    """Bytes resident in this process and the engine's."""
-    pids = [os.getpid(), *(stats["pid"] for stats in server.cluster.replica_stats())]
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes resident in this process, the engine's, and those of all actors, without shared memory."""
+    cluster = server.cluster
+    actors = [cluster.scheduler, server.service.connection.state.history]
+    actors += [*cluster.stores.values(), *cluster.replicas.values()]
+    pids = [os.getpid(), *(stats["pid"] for stats in cluster.replica_stats())]
+    pids += ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+    sizes = [Path(f"/proc/{pid}/statm").read_text().split() for pid in pids]
+    return sum(int(resident) - int(shared) for _, resident, shared, *_ in sizes) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_crowd_leaves_nothing_behind(busy):
