@@ -221,7 +221,7 @@ def test_preempted_turns_go_on_from_their_saved_chunks(
     cluster: bringup.Running, small_model: Path, chats: Path, tmp_path: Path
 ) -> None:
     """A pool that holds the prompts but not the answers: the scheduler is told to reserve nothing for those."""
-    sampling = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=150, ignore_eos=True)
     tree = asdict(config_for(small_model, dram_bytes=64 << 20))
     tree["model"]["kv_tokens"] = 1100
     tree["scheduler"]["answer_reserve"] = 0.0
