@@ -75,9 +75,9 @@ def serve_until_interrupted(config: Any, host: str, port: int) -> None:
         )
     load_tokenizer(config.model.path)  # last: it takes seconds
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
+    _catch_signals(stop)
     started_ray = bringup.connect(config)
+    _catch_signals(stop)  # again: Ray has taken SIGTERM for itself, to exit at once
     import ray
     from ray import serve
 
@@ -120,6 +120,11 @@ def _cause(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if "Error: " in line and not line.startswith("ray.")]
     return raised[-1].partition("Error: ")[2] if raised else lines[-1] if lines else "the application did not start"
+
+
+def _catch_signals(stop: threading.Event) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
 
 
 def _is_loopback(host: str) -> bool:

@@ -124,7 +124,7 @@ def test_conversations_survive_an_interrupt_and_a_restart(small_model, tmp_path)
         assert process.wait(END_LIMIT_S) == 0, log.read_text()
         assert "Traceback" not in log.read_text()
     messages += [{"role": "assistant", "content": "".join(pieces)}, {"role": "user", "content": "And back?"}]
-    with server(small_model, tmp_path) as (url, _, _):
+    with server(small_model, tmp_path) as (url, process, log):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         third = client.chat.completions.create(messages=messages, **asked)
         told = third.usage.model_extra["reprise"]
@@ -133,6 +133,9 @@ def test_conversations_survive_an_interrupt_and_a_restart(small_model, tmp_path)
         assert set(told["reused"]) == {"ssd"}
         found = told["reused"]["ssd"] + told["recomputed"].get("computed_sooner", 0)  # a small model is a fast one
         assert found > third.usage.prompt_tokens * 0.9
+        process.send_signal(signal.SIGTERM)  # as systemd and Kubernetes do
+        assert process.wait(END_LIMIT_S) == 0, log.read_text()
+        assert "waiting for running turns to end" in log.read_text()
 
 
 def test_what_cannot_be_served_is_said_in_one_line(small_model, tmp_path):
