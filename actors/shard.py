@@ -102,7 +102,7 @@ class Shard:
         }
         self._link = ShardEnd(replica)
         for work in (self._receive, self._send):
-            threading.Thread(target=self._attend, args=(work,), name=work.__name__.strip("_"), daemon=True).start()
+            threading.Thread(target=self._guard, args=(work,), name=work.__name__.strip("_"), daemon=True).start()
 
     # --- control ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Shard:
 
     # --- turns in -----------------------------------------------------------------------------------------------------
 
-    def _attend(self, work: Callable[[], None]) -> None:
+    def _guard(self, work: Callable[[], None]) -> None:
         """One direction of the link. Without its replica this shard ends."""
         try:
             work()

@@ -6,13 +6,30 @@ import asyncio
 import os
 import stat
 import threading
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.link import ReplicaEnd, ShardEnd
 
 LARGE = os.urandom(3 << 20)  # more than a socket or a stream's buffer takes at once
+
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Ray's asynchronous actors have uvloop's event loop where it is installed."""
+    new_loop = pytest.importorskip(request.param).new_event_loop
+
+    def run_in(work: Coroutine[Any, Any, None]) -> None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(work)
+
+    return run_in
 
 
 async def _pair() -> tuple[ReplicaEnd, ShardEnd]:
@@ -26,7 +43,7 @@ async def _received(shard: ShardEnd) -> object:
     return await asyncio.wait_for(asyncio.to_thread(shard.receive), 10)
 
 
-def test_messages_arrive_in_order_both_ways() -> None:
+def test_messages_arrive_in_order_both_ways(run: Run) -> None:
     async def exchange() -> None:
         replica, shard = await _pair()
         messages = [("turn", (1, 2, 3)), {"empty": b""}, LARGE, None]
@@ -40,10 +57,10 @@ def test_messages_arrive_in_order_both_ways() -> None:
         replica.close()
         shard.close()
 
-    asyncio.run(exchange())
+    run(exchange())
 
 
-def test_either_end_hears_that_the_other_is_gone() -> None:
+def test_either_end_hears_that_the_other_is_gone(run: Run) -> None:
     async def part() -> None:
         replica, shard = await _pair()
         shard.send("last words")
@@ -64,10 +81,10 @@ def test_either_end_hears_that_the_other_is_gone() -> None:
             shard.send(LARGE)
         shard.close()
 
-    asyncio.run(part())
+    run(part())
 
 
-def test_a_message_cut_short_is_none() -> None:
+def test_a_message_cut_short_is_none(run: Run) -> None:
     async def cut() -> None:
         replica, shard = await _pair()
         shard._socket.sendall((1000).to_bytes(8, "little") + b"not a thousand bytes")
@@ -76,10 +93,10 @@ def test_a_message_cut_short_is_none() -> None:
             await asyncio.wait_for(replica.receive(), 10)
         replica.close()
 
-    asyncio.run(cut())
+    run(cut())
 
 
-def test_nobody_else_can_connect() -> None:
+def test_nobody_else_can_connect(run: Run) -> None:
     async def look() -> None:
         replica = ReplicaEnd()
         folder = Path(replica.address).parent
@@ -92,13 +109,13 @@ def test_nobody_else_can_connect() -> None:
         shard.close()
         replica.close()
 
-    asyncio.run(look())
+    run(look())
 
 
-def test_a_replica_that_never_meets_its_shard_leaves_nothing() -> None:
+def test_a_replica_that_never_meets_its_shard_leaves_nothing(run: Run) -> None:
     async def give_up() -> None:
         replica = ReplicaEnd()
         replica.close()
         assert not Path(replica.address).parent.exists()
 
-    asyncio.run(give_up())
+    run(give_up())
