@@ -25,6 +25,7 @@ class TurnRequest:
     drift_at: int | None = None
     priority: int = 0
     reuse: bool = True  # False: neither restored nor saved
+    affinity: str | None = None  # a hint: turns of the same one are placed together (policies.messages.Turn)
     root: str | None = None  # key of the empty prefix (a tenant has its own); None: the model's
 
 

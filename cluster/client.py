@@ -153,6 +153,7 @@ class Client:
             priority=request.priority,
             reuse=request.reuse,
             drift_at=request.drift_at,
+            affinity=request.affinity,
         )
 
 

@@ -373,6 +373,7 @@ class Dispatcher:
         record.replica_id = spec.replica_id
         self._num_attempts += 1
         record.attempt = self._num_attempts
+        self._board.sessions.note_dispatch(turn, spec.replica_id)
         replica.take(turn.turn_id, self._placer.num_tokens(turn), turn.num_prompt_tokens - restore.plan.num_reused)
         self._board.note_plan(restore.plan)
         self._board.send(

@@ -85,6 +85,7 @@ class Turn:
     priority: int = 0  # lower is more urgent
     reuse: bool = True
     drift_at: int | None = None  # first token at which the template broke the session's prefix
+    affinity: str | None = None  # turns of the same one go to the same replica, where nothing speaks against it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

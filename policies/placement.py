@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from hashlib import sha256
 from typing import Protocol
 
 from policies.messages import NodeId, ReplicaId, SessionId, Turn, TurnId
+
+AFFINITY_SLACK = 0.25  # of a replica's slots: it may have so many more turns than the least loaded one
+
+
+class Affinity(IntEnum):
+    """What speaks for a replica beyond the chunks that are known: HBM there may hold more, or soon will."""
+
+    NONE = 0
+    HINTED = 1  # the last turn that came with the same `Turn.affinity` went there
+    SESSION = 2  # the session's last turn went there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +36,14 @@ class ReplicaOption:
     num_reused_tokens: int  # of this turn, counting chunks that would have to come from another node
     num_uncached_tokens: int  # of this turn
     load_s: float  # moving the reused chunks to the engine from where they are
+    affinity: Affinity = Affinity.NONE
 
 
 class PlacementPolicy(Protocol):
     """Chooses among replicas that have room now. Changes nothing.
 
     A policy that needs not see all of a big cluster has a number `enough`: then it is offered the replicas on nodes
-    that hold some of the turn's chunks, and the least loaded others up to that number.
+    that hold some of the turn's chunks, those with an affinity, and the least loaded others up to that number.
     """
 
     def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:
@@ -51,13 +63,22 @@ class EarliestStart:
     """The replica that would produce the first token first: queue + load from where the KV is + prefill.
 
     A conversation stays where its KV is until that replica is so busy that moving or recomputing the KV is faster
-    (the idea of cache-aware load balancing; estimates, so ties and near-ties go to the less loaded replica).
+    (the idea of cache-aware load balancing). These are estimates: ties and near-ties go to the replica with an
+    affinity, as long as it is not much busier than another (the idea of bounded loads, Mirrokni et al. 2018), else to
+    the less loaded one.
     """
 
     enough = 16
 
     def choose(self, turn: Turn, options: Sequence[ReplicaOption]) -> ReplicaId:  # noqa: ARG002 - the contract
-        return min(options, key=lambda option: (round(_start_s(option), 3), *_load(option))).replica_id
+        lightest = min(_load(option)[0] for option in options)
+
+        def rank(option: ReplicaOption) -> tuple[float, int, tuple[float, float, ReplicaId]]:
+            load = _load(option)
+            affinity = option.affinity if load[0] - lightest <= AFFINITY_SLACK else Affinity.NONE
+            return round(_start_s(option), 3), -affinity, load
+
+        return min(options, key=rank).replica_id
 
 
 class RoundRobin:

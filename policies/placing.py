@@ -9,7 +9,7 @@ from policies.board import Board
 from policies.catalog import Chunk
 from policies.fleet import Replica
 from policies.messages import NodeId, ReplicaId, Turn
-from policies.placement import PlacementPolicy, ReplicaOption
+from policies.placement import Affinity, PlacementPolicy, ReplicaOption
 from policies.places import Place
 from policies.restore import Link, find_copy
 
@@ -29,22 +29,40 @@ class Placer:
         """A replica with room for the turn, whose `links` are in reach; one on `node_id`, if there is one."""
         num_tokens = self.num_tokens(turn)
         replicas = self._with_room(turn, num_tokens, [node_id]) if node_id is not None else []
-        replicas = replicas or self._find_options(turn, num_tokens, links)
+        last, hinted = self._board.sessions.last_replicas(turn)
+        replicas = replicas or self._find_options(turn, num_tokens, links, (last, hinted))
         if not replicas:
             return None
+        affinities = {hinted: Affinity.HINTED, last: Affinity.SESSION}
         estimates = {node: self._estimate(turn, links, node) for node in {r.spec.node_id for r in replicas}}
-        options = [_option(replica, turn, *estimates[replica.spec.node_id]) for replica in replicas]
+        options = [
+            _option(
+                replica,
+                turn,
+                *estimates[replica.spec.node_id],
+                affinities.get(replica.spec.replica_id, Affinity.NONE),
+            )
+            for replica in replicas
+        ]
         return self._fleet.replicas[self._ask(turn, options)]
 
-    def _find_options(self, turn: Turn, num_tokens: int, links: Sequence[Link]) -> list[Replica]:
-        """All replicas with room; if the policy needs no more, those where its chunks are and the least loaded ones."""
+    def _find_options(
+        self, turn: Turn, num_tokens: int, links: Sequence[Link], liked: Iterable[ReplicaId | None]
+    ) -> list[Replica]:
+        """All replicas with room; if the policy needs no more, those where its chunks are, the `liked` ones and the
+        least loaded ones."""
         enough = getattr(self._policy, "enough", None)
         nodes = {place.node_id: None for link in links for place in link.chunk.copies} if enough is not None else {}
         replicas = self._with_room(turn, num_tokens, nodes)
+        for replica_id in dict.fromkeys(liked) if enough is not None else ():
+            replica = self._fleet.replicas.get(replica_id) if replica_id is not None else None
+            if replica is not None and replica.spec.node_id not in nodes and self._is_option(replica, turn, num_tokens):
+                replicas.append(replica)
+        chosen = {replica.spec.replica_id for replica in replicas}
         for replica in self._fleet.open_replicas():
             if enough is not None and len(replicas) >= enough:
                 break
-            if replica.spec.node_id not in nodes and self._is_option(replica, turn, num_tokens):
+            if replica.spec.replica_id not in chosen and self._is_option(replica, turn, num_tokens):
                 replicas.append(replica)
         return replicas
 
@@ -83,7 +101,7 @@ class Placer:
         )
 
 
-def _option(replica: Replica, turn: Turn, num_reused: int, load_s: float) -> ReplicaOption:
+def _option(replica: Replica, turn: Turn, num_reused: int, load_s: float, affinity: Affinity) -> ReplicaOption:
     spec = replica.spec
     return ReplicaOption(
         replica_id=spec.replica_id,
@@ -97,4 +115,5 @@ def _option(replica: Replica, turn: Turn, num_reused: int, load_s: float) -> Rep
         num_reused_tokens=num_reused,
         num_uncached_tokens=turn.num_prompt_tokens - num_reused,
         load_s=load_s,
+        affinity=affinity,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from policies.messages import ChunkKey, SessionId, TurnId
+from policies.messages import ChunkKey, ReplicaId, SessionId, Turn, TurnId
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +17,7 @@ class SessionRecord:
     prompt_tokens: int = 0  # of its last turn
     answer_tokens: int = 0  # of the last turn that ended
     offered_end: int | None = None  # tokens offered for saving so far; None: nothing yet
+    replica_id: ReplicaId | None = None  # where its last turn went; None: none has gone yet
 
 
 class Sessions:
@@ -26,6 +27,7 @@ class Sessions:
         self.records: OrderedDict[SessionId, SessionRecord] = OrderedDict()
         self.deleted: dict[SessionId, float] = {}  # until when their offers are declined
         self.deleted_prefixes: dict[ChunkKey, float] = {}  # likewise: of what begins with these
+        self._affinities: OrderedDict[str, ReplicaId] = OrderedDict()  # where the last turn of each went
         self._max_sessions = max_sessions
 
     def __len__(self) -> int:
@@ -46,6 +48,23 @@ class Sessions:
         record = self._record(session_id)
         record.offered_end = max(end, record.offered_end or 0)
         record.answer_tokens = max(0, end - record.prompt_tokens)
+
+    def note_dispatch(self, turn: Turn, replica_id: ReplicaId) -> None:
+        """A turn of it goes to this replica."""
+        record = self.records.get(turn.session_id)
+        if record is not None:
+            record.replica_id = replica_id
+        if turn.affinity is not None:
+            self._affinities[turn.affinity] = replica_id
+            self._affinities.move_to_end(turn.affinity)
+            if len(self._affinities) > self._max_sessions:
+                self._affinities.popitem(last=False)
+
+    def last_replicas(self, turn: Turn) -> tuple[ReplicaId | None, ReplicaId | None]:
+        """(where its session's last turn went, where the last one with its affinity went), as far as is known."""
+        record = self.records.get(turn.session_id)
+        affinity = self._affinities.get(turn.affinity) if turn.affinity is not None else None
+        return record.replica_id if record is not None else None, affinity
 
     def get(self, session_id: SessionId) -> SessionRecord | None:
         return self.records.get(session_id)

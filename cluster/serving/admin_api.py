@@ -219,7 +219,11 @@ def caller_of(request: Request) -> Caller:
     except ValueError:
         raise refuse("x-request-timeout must be a number of seconds", "x-request-timeout") from None
     caller = service_of(request).caller(
-        headers.get("authorization"), request.state.request_id, headers.get("x-session-id"), timeout_s
+        headers.get("authorization"),
+        request.state.request_id,
+        session_id=headers.get("x-session-id"),
+        user_id=headers.get("x-user-id"),
+        timeout_s=timeout_s,
     )
     request.state.facts["tenant"] = caller.tenant.name
     return caller

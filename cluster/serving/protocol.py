@@ -118,9 +118,8 @@ class CommonRequest(BaseModel):
     @property
     def session_id(self) -> str | None:
         """What the body calls its conversation. ApiError for an id that is none."""
-        for name in ("conversation_id", "prompt_cache_key"):
-            check_session_id(getattr(self, name) or None, name)
-        return self.conversation_id or self.prompt_cache_key or None
+        check_session_id(self.conversation_id or None, "conversation_id")
+        return self.conversation_id or None
 
     @property
     def num_choices(self) -> int:

@@ -8,6 +8,7 @@ HTTP is `api`'s, the cluster's parts are reached through a `Connection`. One Ser
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 import uuid
@@ -53,6 +54,7 @@ class Caller:
     """The root key under which everything of this tenant is stored."""
     request_id: str
     session_id: str | None = None
+    user_id: str | None = None
     timeout_s: float | None = None
 
 
@@ -85,7 +87,13 @@ class Service:
     # --- who ----------------------------------------------------------------------------------------------------------
 
     def caller(
-        self, authorization: str | None, request_id: str, session_id: str | None, timeout_s: float | None
+        self,
+        authorization: str | None,
+        request_id: str,
+        *,
+        session_id: str | None = None,
+        user_id: str | None = None,
+        timeout_s: float | None = None,
     ) -> Caller:
         """ApiError 401 for an unknown key, 400 for a session id that is none."""
         tenant = self.keyring.tenant_of(authorization)
@@ -93,7 +101,14 @@ class Service:
         if timeout_s is not None and not timeout_s > 0:
             raise refuse("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
         scope = self.connection.model.tenant_root(tenant.salt)
-        return Caller(tenant=tenant, scope=scope, request_id=request_id, session_id=session_id, timeout_s=timeout_s)
+        return Caller(
+            tenant=tenant,
+            scope=scope,
+            request_id=request_id,
+            session_id=session_id,
+            user_id=user_id,
+            timeout_s=timeout_s,
+        )
 
     # --- generating ---------------------------------------------------------------------------------------------------
 
@@ -181,6 +196,7 @@ class Service:
                 cuts=prompt.cuts,
                 drift_at=prompt.drift_at,
                 priority=caller.tenant.priority + max(0, request.priority or 0),
+                affinity=_affinity(caller, request),
                 root=caller.scope,
             ),
         )
@@ -322,6 +338,12 @@ def _quota_in_words() -> Iterator[None]:
         yield
     except QuotaExceeded as error:
         raise ApiError(429, str(error), code="quota_exceeded", retry_after_s=error.retry_after_s) from None
+
+
+def _affinity(caller: Caller, request: CommonRequest) -> str | None:
+    """What the client says its requests have in common, hashed: `prompt_cache_key`, else the user."""
+    hint = request.prompt_cache_key or caller.user_id
+    return hashlib.sha256(f"{caller.scope}\n{hint}".encode("utf-8", "surrogatepass")).hexdigest()[:16] if hint else None
 
 
 def _session_deleted() -> ApiError:

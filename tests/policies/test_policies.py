@@ -10,7 +10,7 @@ import pytest
 from policies.admission import AdmissionPolicy, Always, Offer, ReturnProbability, SecondTouch
 from policies.eviction import EvictionPolicy, Fifo, LookAhead, Lru
 from policies.outlook import Outlook
-from policies.placement import EarliestStart, LeastLoaded, PlacementPolicy, RoundRobin, SessionAffinity
+from policies.placement import Affinity, EarliestStart, LeastLoaded, PlacementPolicy, RoundRobin, SessionAffinity
 from policies.prefetch import LookAhead as PrefetchLookAhead
 from policies.prefetch import LookAheadBudget, Off, PrefetchPolicy
 from tests.policies.contracts import (
@@ -150,6 +150,16 @@ class TestEarliestStart(PlacementContract):
         near = draw_option(Random(1), "near", load_s=0)
         far = replace(near, replica_id="far", load_s=0.5)
         assert policy.choose(turn_of("a/1", text(1, 4)), [far, near]) == "near"
+
+    def test_of_equals_the_one_with_an_affinity_unless_it_is_much_busier(self, policy: PlacementPolicy) -> None:
+        idle = draw_option(Random(1), "idle", num_running_turns=0, max_running_turns=8)
+        liked = replace(idle, replica_id="liked", num_running_turns=2, affinity=Affinity.HINTED)
+        turn = turn_of("a/1", text(1, 4))
+        assert policy.choose(turn, [idle, liked]) == "liked"
+        assert policy.choose(turn, [idle, replace(liked, num_running_turns=3)]) == "idle"
+        assert policy.choose(turn, [idle, replace(liked, load_s=liked.load_s + 0.1)]) == "idle"
+        before = replace(liked, replica_id="before", affinity=Affinity.SESSION)
+        assert policy.choose(turn, [idle, liked, before]) == "before"
 
 
 class TestRoundRobin(PlacementContract):

@@ -397,6 +397,38 @@ def test_no_slot_idles_for_the_sake_of_locality() -> None:
     assert is_brought_to_n2(finish_on(driver, "r2"))
 
 
+def where(commands: list[m.Command]) -> list[str]:
+    return [command.replica_id for command in commands if isinstance(command, m.Dispatch)]
+
+
+@pytest.mark.parametrize("names", [{"session_id": "same"}, {"affinity": "same"}])
+def test_turns_of_a_session_or_a_hint_stay_together_on_replicas_that_are_equal(names: dict[str, str]) -> None:
+    driver = Driver()
+    driver.join()
+    for replica_id in ("r1", "r2", "r3"):
+        driver.replica(replica_id, slots=8)
+    assert where(driver.submit("other/1", text(9, 5))) == ["r1"]
+    assert where(driver.submit("a/1", text(1, 4), **names)) == ["r2"]
+    driver.start("other/1", "r1")
+    driver.start("a/1", "r2")
+    assert where(driver.submit("b/1", text(2, 4), **names)) == ["r2"], "r3 is idle, but the others went here"
+    driver.start("b/1", "r2")
+    assert where(driver.submit("c/1", text(3, 4), **names)) == ["r2"]
+    driver.start("c/1", "r2")
+    assert where(driver.submit("d/1", text(4, 4), **names)) == ["r3"], "too much for one"
+    driver.feed(m.ReplicaLost("r3"))
+    assert where(driver.submit("e/1", text(5, 4), **names)) == ["r1"], "what is gone attracts nobody"
+
+
+def test_a_hint_reaches_a_replica_that_is_not_among_the_least_loaded() -> None:
+    driver = Driver()
+    for number in range(20):
+        driver.replica(f"r{number:02}", f"n{number}", slots=8)
+    assert where(driver.submit("a/1", text(1, 4), affinity="same")) == ["r00"]
+    driver.start("a/1", "r00")
+    assert where(driver.submit("b/1", text(2, 4), affinity="same")) == ["r00"]
+
+
 def test_turns_at_home_on_a_lost_node_find_another() -> None:
     driver = two_nodes()
     driver.submit("a/2", text(3, 4, after=A))

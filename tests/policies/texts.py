@@ -79,6 +79,7 @@ def turn_of(
     priority: int = 0,
     reuse: bool = True,
     drift_at: int | None = None,
+    affinity: str | None = None,
 ) -> Turn:
     """A turn with this prompt; its session is named like the part of the turn_id before the slash."""
     return Turn(
@@ -90,4 +91,5 @@ def turn_of(
         priority=priority,
         reuse=reuse,
         drift_at=drift_at,
+        affinity=affinity,
     )
