@@ -17,8 +17,8 @@ class HistoryActor:
     def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
         return self._histories.get(keys, limit)
 
-    def put(self, records: list[Record]) -> None:
-        self._histories.put(records)
+    def put(self, records: list[Record], since: float) -> None:
+        self._histories.put(records, since)
 
     def delete(self, owner: str) -> int:
         return self._histories.delete(owner)

@@ -123,6 +123,19 @@ class ChatFormat:
         rest = text[len(kept) :]
         return (*token_ids[:num_kept], *(self.tokenize_after(rest) if rest else ()))
 
+    def ids_within(self, token_ids: Sequence[int], text: str) -> TokenIds:
+        """The ids of an answer that was cut after `text`, which it begins with: those wholly inside as the model gave
+        them, the rest tokenised."""
+        stream = TextStream(self._tokenizer)
+        num_kept = num_chars = 0
+        for i, token_id in enumerate(token_ids, 1):
+            piece = stream.push(token_id)
+            num_chars += len(piece)
+            if num_chars > len(text):
+                break
+            num_kept = i if piece else num_kept
+        return self.answer_ids(token_ids, text, num_kept)
+
     def shared_prefix(self, messages: Sequence[Message]) -> TokenIds:
         """The tokens every prompt with the same leading system messages begins with."""
         return self._shared(tuple(takewhile(lambda message: message.role == "system", messages)))

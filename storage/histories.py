@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ CREATE TABLE IF NOT EXISTS records (
 CREATE INDEX IF NOT EXISTS records_by_owner ON records (owner);
 """
 _OVERHEAD_BYTES = 200  # of a row and its index entries
+_MAX_DELETED = 10_000  # owners
+_CLOCKS_S = 1.0  # by which the clocks of two nodes may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Histories:
         """OSError, with advice, if there is no way to write there."""
         self._lock = threading.Lock()
         self._max_bytes = max_bytes
+        self._deleted: OrderedDict[str, float] = OrderedDict()  # owner -> when, of this life
         self._path = Path(path) if path is not None else None
         self._db = self._open()
         self.used_bytes = int(self._db.execute("SELECT coalesce(sum(size), 0) FROM records").fetchone()[0])
@@ -56,14 +61,19 @@ class Histories:
         with self._lock:
             return int(self._db.execute("SELECT count(*) FROM records").fetchone()[0])
 
-    def put(self, records: Iterable[Record]) -> None:
+    def put(self, records: Iterable[Record], since: float | None = None) -> None:
         """What was there under the same names is replaced. The records that were written longest ago leave beyond the
-        budget. OSError if the disk refuses (it is full, say): then nothing has changed."""
+        budget. OSError if the disk refuses (it is full, say): then nothing has changed.
+
+        `since` (Unix seconds): what the records are of had begun by then. They are not taken if their owner was deleted
+        later."""
         with self._lock:
             used_bytes = self.used_bytes
             try:
                 with self._db:
                     for record in records:
+                        if since is not None and self._is_deleted(record.owner, since):
+                            continue
                         used_bytes += record.size - self._size_of(record)
                         self._db.execute(
                             "INSERT OR REPLACE INTO records (key, part, owner, size, value) VALUES (?, ?, ?, ?, ?)",
@@ -87,6 +97,7 @@ class Histories:
     def delete(self, owner: str) -> int:
         """Everything of this owner; how many records it were."""
         with self._lock, self._db:
+            self._note_deleted(owner)
             size = self._db.execute("SELECT coalesce(sum(size), 0) FROM records WHERE owner = ?", (owner,)).fetchone()[
                 0
             ]
@@ -99,6 +110,16 @@ class Histories:
     def close(self) -> None:
         with self._lock:
             self._db.close()
+
+    def _note_deleted(self, owner: str) -> None:
+        self._deleted[owner] = time.time()
+        self._deleted.move_to_end(owner)
+        if len(self._deleted) > _MAX_DELETED:
+            self._deleted.popitem(last=False)
+
+    def _is_deleted(self, owner: str, since: float) -> bool:
+        deleted = self._deleted.get(owner)
+        return deleted is not None and since <= deleted + _CLOCKS_S
 
     def _size_of(self, record: Record) -> int:
         query = "SELECT size FROM records WHERE key = ? AND part = ?"

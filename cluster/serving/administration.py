@@ -96,11 +96,12 @@ class Administration:
 
     async def pin(self, scope: str, session_id: str, seconds: float) -> Session:
         """Keeps its chunks for so long; 0 ends an earlier pin."""
+        now = time.time()
         session = await self._get(scope, session_id)
         seconds = min(seconds, MAX_PIN_S)
         await self._pin(scope, session, seconds)
-        session = replace(session, pinned_until=time.time() + seconds if seconds > 0 else None)
-        await self.book.put(scope, session)
+        session = replace(session, pinned_until=now + seconds if seconds > 0 else None)
+        await self.book.put(scope, session, since=now)
         return session
 
     async def _pin(self, scope: str, session: Session, seconds: float) -> None:

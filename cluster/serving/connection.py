@@ -93,9 +93,9 @@ class HistoryShelf:
     async def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
         return await _ask(self._connection.state.history.get.remote(keys, limit), [])
 
-    async def put(self, records: list[Record]) -> None:
+    async def put(self, records: list[Record], since: float) -> None:
         """RayError or TimeoutError when they are not kept."""
-        await asyncio.wait_for(_wrap(self._connection.state.history.put.remote(records)), ASK_LIMIT_S)
+        await asyncio.wait_for(_wrap(self._connection.state.history.put.remote(records, since)), ASK_LIMIT_S)
 
     async def delete(self, owner: str) -> int:
         count: int = await self._connection.state.history.delete.remote(owner)

@@ -9,7 +9,6 @@ A response that is read slowly finds several deltas of a choice waiting and gets
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,13 +42,15 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
         self.on_close: Callable[[], None] = lambda: None
         """Called once, when nothing runs any more."""
-        self.num_tokens: Counter[int] = Counter()
+        self.heard: list[list[Delta]] = [[] for _ in jobs]
         """Generated so far, by choice; also what nobody has read yet."""
         self.finished: set[int] = set()
         """Choices whose answer is whole and remembered; also those nobody has read yet."""
+        self.failures: dict[int, Exception] = {}
         self._first: tuple[int, Event] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.answers: dict[int, Answer] = {}
+        """Those that were read."""
 
     async def begin(self) -> None:
         """Returns when a first choice has started. Raises what kept it from starting."""
@@ -84,7 +85,7 @@ class Generation:
     async def _run(self, index: int, job: Job) -> None:
         def put(event: Event) -> None:
             if isinstance(event, Delta):
-                self.num_tokens[index] += len(event.tokens)
+                self.heard[index].append(event)
             self._events.put_nowait((index, event))
 
         try:
@@ -92,6 +93,7 @@ class Generation:
                 answer = await self._client.run(job.request, on_delta=put, on_started=put)
             await self._finish(job, answer)
         except Exception as error:  # noqa: BLE001 - whoever reads the events hears of it
+            self.failures[index] = error
             self._events.put_nowait((index, error))
         else:
             self.finished.add(index)

@@ -6,8 +6,9 @@ Every answered exchange has a name, a hash over all messages up to it and the an
 
 Under the name lies what the exchange was made of in tokens. A request's history is looked up from its end on; where
 it was edited or branched the names differ from there on, and what comes before is found. An answer that nobody here
-gave (another model's, a history from elsewhere) is tokenised once and then kept like one of ours. Texts of plain
-completions have names too: of the longest known text that a prompt begins with.
+gave (another model's, a history from elsewhere) is tokenised once and then kept like one of ours. One that was stopped
+lies under its question: its client has perhaps not received all of it. Texts of plain completions have names too: of
+the longest known text that a prompt begins with.
 
 `scope` is the model's root key of a tenant: others have other names for the same words.
 """
@@ -17,11 +18,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import zstandard
@@ -35,6 +37,8 @@ MAX_IN_BUCKET = 512  # the newest
 MAX_IN_MEMORY = 2048  # transcripts and texts held by one front process
 
 Result = TypeVar("Result")
+Exchange = tuple[tuple[Message, ...], str]
+"""The messages before an answer, and the answer."""
 
 
 class Shelf(Protocol):
@@ -43,8 +47,8 @@ class Shelf(Protocol):
     async def get(self, keys: list[str], limit: int | None = None) -> list[Record]:
         """Everything under these keys, or the newest so many of each."""
 
-    async def put(self, records: list[Record]) -> None:
-        """Keeps these."""
+    async def put(self, records: list[Record], since: float) -> None:
+        """Keeps these, unless their owner was deleted after `since` (Unix seconds)."""
 
 
 @dataclass(kw_only=True)
@@ -63,7 +67,9 @@ class Recalled:
     text: str | None = None
     """A completion's prompt; then there is no transcript. With neither, the prompt came as token ids."""
     spelt: list[Record] = field(default_factory=list)
-    """Of its history, from the first answer on that was not known until now."""
+    """Of the answers in its history that were not known until now, and of those behind one that was spelt anew."""
+    began: float = field(default_factory=time.time)
+    """Unix seconds."""
 
 
 class Recollection:
@@ -74,6 +80,7 @@ class Recollection:
         self._shelf = shelf
         self._transcripts: OrderedDict[str, tuple[str, Transcript]] = OrderedDict()  # name -> session, history
         self._texts: OrderedDict[str, TokenIds] = OrderedDict()  # scope and name of a text -> its ids
+        self._forgotten: OrderedDict[str, float] = OrderedDict()  # session -> when it was deleted, Unix seconds
         # One thread: tokenizers may not be used by two at a time, and the event loop has streams to serve meanwhile.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
@@ -89,7 +96,7 @@ class Recollection:
             owner, known = self._transcripts[names[found - 1]]
             self._transcripts.move_to_end(names[found - 1])
             transcript = known.fork()
-        records = {record.key: record for record in await self._ask_shelf(names[found:])}
+        records, stopped = await self._look_up(scope, exchanges, names, found)
         if not owner and records:
             owner = next(records[name].owner for name in reversed(names) if name in records)
         is_known = bool(found or records)
@@ -122,8 +129,47 @@ class Recollection:
             name=names[-1] if names else scope,
             new=new,
             transcript=transcript,
-            spelt=spelt,
+            spelt=stopped + spelt,
         )
+
+    async def _look_up(
+        self, scope: str, exchanges: Sequence[Exchange], names: Sequence[str], start: int
+    ) -> tuple[dict[str, Record], list[Record]]:
+        """(what is known of the exchanges from `start` on, by name; those of it that are stopped answers, as far as the
+        client has them)."""
+        before = [scope, *names]
+        questions = {
+            names[i]: (_stopped_key(before[i], exchanges[i][0]), *exchanges[i]) for i in range(start, len(exchanges))
+        }
+        found = await self._ask_shelf([*questions, *(key for key, _, _ in questions.values())])
+        records = {record.key: record for record in found if record.key in questions}
+        wanted = [
+            (name, record, asked, answer)
+            for name, (key, asked, answer) in questions.items()
+            for record in found
+            if record.key == key and name not in records
+        ]
+
+        def cut() -> dict[str, Record]:
+            turns = [
+                (name, record, self._cut(_turn_of(record.value, asked), answer))
+                for name, record, asked, answer in wanted
+            ]
+            return {
+                name: Record(name, record.owner, _value_of(turn)) for name, record, turn in turns if turn is not None
+            }
+
+        stopped = await self._compute(cut) if wanted else {}
+        return records | stopped, list(stopped.values())
+
+    def _cut(self, turn: AnsweredTurn, answer: str) -> AnsweredTurn | None:
+        """The turn, as far as this is its answer; None if it did not begin so."""
+        words, whole = answer.strip(), turn.answer
+        start = len(whole) - len(whole.lstrip())
+        if not words or not whole.startswith(words, start):
+            return None
+        text = whole[: start + len(words)]
+        return replace(turn, answer=text, token_ids=self.chat.ids_within(turn.token_ids, text))
 
     # --- texts --------------------------------------------------------------------------------------------------------
 
@@ -166,10 +212,21 @@ class Recollection:
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 
+    async def remember_stopped(self, recalled: Recalled, token_ids: TokenIds, text: str) -> None:
+        """What there was of the turn's answer when it was stopped; its client has this, or less of it."""
+        if recalled.transcript is None or not text.strip():
+            return
+        transcript = recalled.transcript.fork()
+        transcript.add_answer(token_ids, text)
+        key, owner = _stopped_key(recalled.name, recalled.new), f"{recalled.scope}/{recalled.session_id}"
+        stopped = Record(key, owner, _value_of(transcript.turns[-1]), part=_hash(text))
+        await self._shelf.put([*recalled.spelt, stopped], recalled.began)
+
     async def remember(self, recalled: Recalled, token_ids: TokenIds, text: str) -> None:
         """The answer that the turn got (its end token included): the next request may go on from it."""
         owner = f"{recalled.scope}/{recalled.session_id}"
-        if recalled.transcript is None and recalled.text is None:
+        is_known = recalled.transcript is not None or recalled.text is not None
+        if not is_known or recalled.began <= self._forgotten.get(owner, 0.0):
             return
         if recalled.transcript is None:
             assert recalled.text is not None
@@ -186,11 +243,14 @@ class Recollection:
             self._transcripts[name] = (owner, transcript)
             _trim(self._transcripts)
             records = [*recalled.spelt, Record(name, owner, _value_of(transcript.turns[-1]))]
-        await self._shelf.put(records)
+        await self._shelf.put(records, recalled.began)
 
     def forget(self, scope: str, session_id: str) -> None:
         """A conversation was deleted."""
         owner = f"{scope}/{session_id}"
+        self._forgotten[owner] = time.time()
+        self._forgotten.move_to_end(owner)
+        _trim(self._forgotten)
         for name in [name for name, (other, _) in self._transcripts.items() if other == owner]:
             del self._transcripts[name]
         for text in [text for text in self._texts if text.startswith(f"{scope}/")]:  # which session's is not known
@@ -208,9 +268,9 @@ class Recollection:
         return await work
 
 
-def split(messages: Sequence[Message]) -> tuple[list[tuple[tuple[Message, ...], str]], tuple[Message, ...]]:
-    """(exchanges: the messages before each answer, and the answer; the messages after the last answer)."""
-    exchanges: list[tuple[tuple[Message, ...], str]] = []
+def split(messages: Sequence[Message]) -> tuple[list[Exchange], tuple[Message, ...]]:
+    """(exchanges; the messages after the last answer)."""
+    exchanges: list[Exchange] = []
     waiting: list[Message] = []
     for message in messages:
         if message.role == "assistant":
@@ -221,13 +281,22 @@ def split(messages: Sequence[Message]) -> tuple[list[tuple[tuple[Message, ...], 
     return exchanges, tuple(waiting)
 
 
-def _names(before: str, exchanges: Sequence[tuple[tuple[Message, ...], str]]) -> list[str]:
+def _names(before: str, exchanges: Sequence[Exchange]) -> list[str]:
     names = []
     for asked, answer in exchanges:
-        words = json.dumps([[[message.role, message.content] for message in asked], answer.strip()])
-        before = hashlib.sha256(f"{before}\n{words}".encode()).hexdigest()
+        before = _hash(f"{before}\n{json.dumps([_plain(asked), answer.strip()])}")
         names.append(before)
     return names
+
+
+def _stopped_key(before: str, asked: tuple[Message, ...]) -> str:
+    """Where what was stopped of the answers to this lies."""
+    question = f"{before}\n{json.dumps(_plain(asked))}"
+    return f"stopped/{_hash(question)}"
+
+
+def _plain(messages: Sequence[Message]) -> list[list[str]]:
+    return [[message.role, message.content] for message in messages]
 
 
 def _value_of(turn: AnsweredTurn) -> bytes:

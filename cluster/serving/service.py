@@ -210,10 +210,14 @@ class Service:
         return admission
 
     def _leave(self, generation: Generation, admission: Admission, began: float, caller: Caller) -> None:
-        num_tokens = sum(len(job.request.token_ids) for job in generation.jobs) + generation.num_tokens.total()
-        for index in range(len(generation.jobs)):
+        num_tokens = 0
+        for index, (job, heard) in enumerate(zip(generation.jobs, generation.heard)):
+            token_ids = tuple(token.token_id for delta in heard for token in delta.tokens)
+            num_tokens += len(job.request.token_ids) + len(token_ids)
             if index not in generation.finished:
-                self.metrics.observe_abort(generation.num_tokens[index], caller.tenant.name)
+                self.metrics.observe_abort(len(token_ids), caller.tenant.name)
+            if index not in generation.answers and not _is_deletion(generation.failures.get(index)):
+                self._later(self._stopped(job, token_ids, "".join(delta.text for delta in heard), caller))
         self.quotas.leave(admission, num_tokens, time.monotonic())
         self.num_running -= 1
         self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
@@ -233,6 +237,16 @@ class Service:
         last = last_turn(answer, job.request.drift_at, self.connection.model.prefill_tokens_per_s)
         self._later(self._note(job.recalled, caller.scope, ids, last))
 
+    async def _stopped(self, job: Job, token_ids: tuple[int, ...], text: str, caller: Caller) -> None:
+        """Its client has gone, or the time was over: the next request goes on from what it received."""
+        if not token_ids:
+            return
+        try:
+            await self.recollection.remember_stopped(job.recalled, token_ids, text)
+        except (RayError, OSError) as error:
+            log.warning("request %s: what was stopped is not remembered: %s", caller.request_id, error)
+        await self._note(job.recalled, caller.scope, token_ids)
+
     async def _note(
         self, recalled: Recalled, scope: str, answer_ids: tuple[int, ...] = (), last: LastTurn | None = None
     ) -> None:
@@ -247,7 +261,7 @@ class Service:
             async with lock:
                 session = await self.book.get(scope, session_id) or Session(session_id=session_id)
                 session = session.after(marks, prompt.num_shared, last, time.time())
-                await self.book.put(scope, session)
+                await self.book.put(scope, session, recalled.began)
                 await self.administration.renew_pin(scope, session)
         except (RayError, OSError) as error:
             log.warning("session %s is not noted: %s", session_id, error)
@@ -338,6 +352,10 @@ def _quota_in_words() -> Iterator[None]:
         yield
     except QuotaExceeded as error:
         raise ApiError(429, str(error), code="quota_exceeded", retry_after_s=error.retry_after_s) from None
+
+
+def _is_deletion(error: Exception | None) -> bool:
+    return isinstance(error, SessionGone) or (isinstance(error, ApiError) and error.code == "session_deleted")
 
 
 def _affinity(caller: Caller, request: CommonRequest) -> str | None:

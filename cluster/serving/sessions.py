@@ -125,9 +125,10 @@ class SessionBook:
         records = await self.shelf.get([_key(scope, session_id)])
         return _from_json(records[-1].value) if records else None
 
-    async def put(self, scope: str, session: Session) -> None:
+    async def put(self, scope: str, session: Session, since: float) -> None:
+        """Keeps it, unless it was deleted after `since` (Unix seconds)."""
         owner = f"{scope}/{session.session_id}"
-        await self.shelf.put([Record(_key(scope, session.session_id), owner, _to_json(session))])
+        await self.shelf.put([Record(_key(scope, session.session_id), owner, _to_json(session))], since)
 
 
 def scheduler_session(scope: str, session_id: str) -> str:

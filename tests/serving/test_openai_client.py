@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.serving.server import Served
+from tests.serving.test_door import wait_until
 
 pytestmark = [pytest.mark.timeout(120)]
 
@@ -129,6 +130,33 @@ def test_a_stop_string_ends_an_answer_and_the_next_turn_goes_on_from_what_was_ke
     after = client.chat.completions.create(messages=ask(*words), **asked)
     assert after.usage.prompt_tokens_details.cached_tokens >= cut.usage.prompt_tokens
     assert after.usage.model_extra["reprise"]["drift_at"] is None
+
+
+def test_after_a_stop_button_the_next_turn_goes_on_from_what_was_shown(served, client, model):
+    words = ["Tell me of the harbour, at length."]
+    asked: dict[str, Any] = {"model": model, "temperature": 0.9, "seed": 11}
+    shown, session = "", ""
+    with client.chat.completions.create(
+        messages=ask(*words), stream=True, max_tokens=2000, extra_body={"ignore_eos": True}, **asked
+    ) as stream:
+        session = stream.response.headers["x-reprise-session"]
+        for chunk in stream:
+            shown += chunk.choices[0].delta.content or ""
+            if len(shown) > 150:
+                break
+    wait_until(lambda: served.service.num_running == 0)
+    served.run(served.service.settle())
+    words += [shown, "Shorter, please."]
+    second = client.chat.completions.with_raw_response.create(messages=ask(*words), max_tokens=8, **asked)
+    assert second.headers["x-reprise-session"] == session
+    assert "x-reprise-drift" not in second.headers
+    usage = second.parse().usage
+    found = usage.prompt_tokens_details.cached_tokens + usage.model_extra["reprise"]["recomputed"].get(
+        "computed_sooner", 0
+    )
+    num_new = len(served.tokenizer.encode("Shorter, please.")) + 12  # and what the template has around it
+    chunk_tokens = served.cluster.config.model.chunk_tokens  # the last one goes on beyond what was shown
+    assert found > usage.prompt_tokens - num_new - chunk_tokens
 
 
 def test_penalties_and_biases_change_the_answer(client, model):

@@ -28,8 +28,8 @@ class LocalShelf:
         self.num_asked += 1
         return self.histories.get(keys, limit)
 
-    async def put(self, records: list[Record]) -> None:
-        self.histories.put(records)
+    async def put(self, records: list[Record], since: float) -> None:
+        self.histories.put(records, since)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,67 @@ def test_two_answers_to_one_question_are_both_known(recollection):
     one_ids, two_ids = answer(recollection, one, "alpha"), answer(recollection, two, "beta")
     assert goes_on(recall(recollection, say("Hi", "alpha", "?")), one, one_ids)
     assert goes_on(recall(recollection, say("Hi", "beta", "?")), two, two_ids)
+
+
+def stop(recollection: Recollection, recalled: Recalled, text: str) -> tuple[int, ...]:
+    ids = strange(recollection.chat, text)[:-1]
+    asyncio.run(recollection.remember_stopped(recalled, ids, text))
+    return ids
+
+
+@pytest.mark.parametrize("num_received", [1, 7, 12, 16])
+def test_a_stopped_answer_goes_on_from_what_its_client_received(recollection, chat, shelf, num_received):
+    first = recall(recollection, say("Hi"))
+    text = "good day to you"
+    ids = stop(recollection, first, " " + text)
+    received = text[:num_received]
+    second = recall(Recollection(chat, shelf), say("Hi", received, "Who are you?"))
+    assert second.is_known
+    assert second.session_id == first.session_id
+    assert goes_on(second, first, ids[: 1 + len(received.rstrip())])
+    assert second.prompt.drift_at is None
+    more = answer(recollection, second, "alpha")
+    third = recall(Recollection(chat, shelf), say("Hi", received, "Who are you?", "alpha", "So?"))
+    assert goes_on(third, second, more)
+    assert third.session_id == first.session_id
+
+
+def test_a_stopped_answer_that_the_client_has_changed_is_an_edit(recollection):
+    first = recall(recollection, say("Hi"))
+    stop(recollection, first, "good day to you")
+    assert not recall(recollection, say("Hi", "good night", "So?")).is_known
+    assert not recall(recollection, say("Hi", "", "So?")).is_known
+    assert not recall(recollection, say("Hello", "good", "So?")).is_known
+    assert not recall(recollection, say("Hi", "good", "So?"), scope=OTHER).is_known
+
+
+def test_of_two_that_were_stopped_each_is_known(recollection):
+    first = recall(recollection, say("Hi"))
+    ids = [stop(recollection, first, text) for text in ("good day to you", "hello")]
+    assert goes_on(recall(recollection, say("Hi", "good day", "So?")), first, ids[0][:8])
+    assert goes_on(recall(recollection, say("Hi", "hell", "So?")), first, ids[1][:4])
+    whole = answer(recollection, first, "hello there")
+    assert goes_on(recall(recollection, say("Hi", "hello there", "So?")), first, whole)
+
+
+@pytest.mark.parametrize("received", ["x🙂", "x🙂y", "x"])
+def test_a_character_of_several_tokens_is_whole_or_missing(recollection, received):
+    first = recall(recollection, say("Hi"))
+    ids = (*strange(recollection.chat, "x🙂y")[:-1], recollection.chat.tokenize_after("🙂")[0])
+    asyncio.run(recollection.remember_stopped(first, ids, "x🙂y"))
+    second = recall(recollection, say("Hi", received, "So?"))
+    assert goes_on(second, first, strange(recollection.chat, received)[:-1])
+
+
+def test_what_was_deleted_meanwhile_is_not_remembered(recollection, shelf):
+    first, second = recall(recollection, say("Hi"), session="mine"), recall(recollection, say("Ho"), session="mine")
+    recollection.forget(SCOPE, "mine")
+    shelf.histories.delete(f"{SCOPE}/mine")
+    answer(recollection, first, "alpha")
+    stop(recollection, second, "beta gamma")
+    assert len(shelf.histories) == 0
+    assert not recall(recollection, say("Hi", "alpha", "?")).is_known
+    assert not recall(recollection, say("Ho", "beta", "?")).is_known
 
 
 def test_an_edited_history_keeps_what_comes_before_the_edit(recollection):

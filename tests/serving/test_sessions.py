@@ -29,7 +29,7 @@ def marks(*ends: int, branch: str = "a") -> list[Mark]:
 def test_a_session_survives_the_shelf():
     book = SessionBook(LocalShelf())
     session = Session(session_id="s").after(marks(4, 8, 9), 4, LAST, 12.5)
-    asyncio.run(book.put(SCOPE, session))
+    asyncio.run(book.put(SCOPE, session, since=0.0))
     assert asyncio.run(book.get(SCOPE, "s")) == session
     assert asyncio.run(book.get(OTHER, "s")) is None
     assert asyncio.run(book.get(SCOPE, "t")) is None

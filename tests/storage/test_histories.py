@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_deleting_an_owner_leaves_no_trace_in_the_file(tmp_path):
     on_disk = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"OTHER-WORDS" in on_disk
     assert b"SECRET-WORDS" not in on_disk
+
+
+def test_what_began_before_its_owner_was_deleted_is_not_put():
+    histories = Histories(None, BIG)
+    before = time.time()
+    histories.put([record("a", owner="x")], since=before)
+    histories.delete("x")
+    histories.put([record("a", owner="x"), record("b", owner="y")], since=before)
+    assert [r.key for r in histories.get(["a", "b"])] == ["b"]
+    histories.put([record("c", owner="x")], since=time.time() + 2)
+    assert [r.key for r in histories.get(["a", "c"])] == ["c"]
 
 
 def test_a_damaged_file_is_set_aside(tmp_path):
