@@ -48,6 +48,10 @@ class SessionGone(RuntimeError):  # noqa: N818 - named like what happened
     """The turn's session was deleted while the turn waited. Reaches callers like QueueFull."""
 
 
+class Draining(RuntimeError):  # noqa: N818 - named like what happens
+    """The cluster is being taken down: it takes no new turns. Reaches callers like QueueFull."""
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """The answer to a submission: run it there, by this plan."""
@@ -81,6 +85,7 @@ class SchedulerActor:
         self._exporters: dict[m.ReplicaId, Any] = {}  # shards, from which node stores pull new chunks
         self._waiting: dict[m.TurnId, asyncio.Future[Assignment]] = {}
         self._unheard = Unheard(UNHEARD_S)
+        self._is_draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
 
@@ -110,15 +115,23 @@ class SchedulerActor:
     # --- turns --------------------------------------------------------------------------------------------------------
 
     async def submit(
-        self, turn: m.Turn, max_waiting: int | None = None, known: frozenset[m.ReplicaId] = frozenset()
+        self,
+        turn: m.Turn,
+        max_waiting: int | None = None,
+        known: frozenset[m.ReplicaId] = frozenset(),
+        is_new: bool = True,
     ) -> Assignment:
         """Returns when the turn may run. The same turn_id again replaces an earlier attempt. `known` are the replicas
         whose handles the caller has.
 
-        QueueFull when `max_waiting` turns wait already; SessionGone when its session is deleted meanwhile.
+        QueueFull when `max_waiting` turns wait already, Draining when no more are taken: neither of them for a turn
+        that was taken once and is not new. SessionGone when its session is deleted meanwhile.
         """
         num_waiting = self._scheduler.num_waiting
-        if max_waiting is not None and num_waiting >= max_waiting and turn.turn_id not in self._waiting:
+        is_new = is_new and turn.turn_id not in self._waiting
+        if is_new and self._is_draining:
+            raise Draining("this cluster is being taken down")
+        if is_new and max_waiting is not None and num_waiting >= max_waiting:
             raise QueueFull(num_waiting)
         earlier = self._waiting.pop(turn.turn_id, None)
         if earlier is not None:
@@ -132,6 +145,10 @@ class SchedulerActor:
             if self._waiting.get(turn.turn_id) is future:
                 del self._waiting[turn.turn_id]
         return replace(assignment, replica=None) if assignment.dispatch.replica_id in known else assignment
+
+    async def drain(self) -> None:
+        """From now on no new turns are taken."""
+        self._is_draining = True
 
     async def cancel(self, turn_id: m.TurnId) -> None:
         future = self._waiting.pop(turn_id, None)

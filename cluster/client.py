@@ -2,7 +2,8 @@
 
 It asks the scheduler for a place, streams from the replica it is given, and goes on elsewhere with what it has when
 that replica preempts the turn or dies: tokens already received are part of the next attempt's prompt, so nothing is
-generated twice and nothing is lost. Times are read here, on the client's clock.
+generated twice and nothing is lost. When the whole cluster is replaced by another with the same model, turns go on
+there, once `move` has said where it is. Times are read here, on the client's clock.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors.engine.params import SampledToken
 from actors.engine.turns import FinishReason
-from actors.scheduler import Assignment, QueueFull, SessionGone
+from actors.scheduler import Assignment, Draining, QueueFull, SessionGone
 from actors.shard import ModelInfo
 from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
 from policies import messages as m
@@ -62,12 +63,24 @@ class Answer:
 class Client:
     """Submits turns to a scheduler actor. Safe for many turns at a time in one event loop."""
 
-    def __init__(self, scheduler: Any, model: ModelInfo, max_waiting: int | None = None) -> None:
-        """`max_waiting`: with so many turns waiting, a new one raises QueueFull."""
+    def __init__(
+        self, scheduler: Any, model: ModelInfo, max_waiting: int | None = None, *, may_move: bool = False
+    ) -> None:
+        """`max_waiting`: with so many turns waiting, a new one raises QueueFull. `may_move`: when the scheduler takes
+        no more turns, or is gone, they wait for `move` as long as their callers do."""
         self._scheduler = scheduler
         self.model = model
         self._max_waiting = max_waiting
+        self._may_move = may_move
+        self._moved = asyncio.Event()
         self._replicas: dict[m.ReplicaId, Any] = {}  # handles
+
+    def move(self, scheduler: Any, model: ModelInfo) -> None:
+        """Another cluster, which has the same model, takes the turns from now on. Those that run end where they are."""
+        self._scheduler, self.model = scheduler, model
+        self._replicas = {}
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     async def run(
         self,
@@ -92,7 +105,8 @@ class Client:
                 progress.begin()
                 await self._attempt(progress)
         except asyncio.CancelledError:
-            self._scheduler.cancel.remote(request.turn_id)
+            if progress.scheduler is not None:
+                progress.scheduler.cancel.remote(request.turn_id)
             raise
         return progress.answer
 
@@ -100,7 +114,7 @@ class Client:
         replica_id = ""
         try:
             request = progress.request
-            assignment = await self._submit(request, is_new=progress.answer.num_attempts == 1)
+            assignment = await self._submit(progress)
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
             stream = assignment.replica.generate.options(num_returns="streaming")
@@ -110,16 +124,33 @@ class Client:
         except RayError as error:
             await self._recover(progress, replica_id, error)
 
-    async def _submit(self, request: TurnRequest, is_new: bool) -> Assignment:
-        """A turn that was taken once is not refused later on."""
+    async def _submit(self, progress: _Progress) -> Assignment:
+        """Waits for the next cluster when this one is being taken down, or is gone."""
+        while True:
+            progress.scheduler, moved = self._scheduler, self._moved
+            try:
+                return await self._ask(progress)
+            except Draining as error:
+                if not self._may_move:
+                    raise TurnFailed(str(error)) from None
+            except ActorDiedError:  # and not: unavailable. Ray does not start it again
+                if not self._may_move:
+                    raise
+            log.warning("turn %s waits for the next cluster: this one is taken down", progress.request.turn_id)
+            await moved.wait()
+
+    async def _ask(self, progress: _Progress) -> Assignment:
+        known = dict(self._replicas)  # another turn may lose one meanwhile
+        turn = self._describe(progress.request)
         try:
-            limit = self._max_waiting if is_new else None
-            known = dict(self._replicas)  # another turn may lose one meanwhile
-            answer: Assignment = await self._scheduler.submit.remote(self._describe(request), limit, frozenset(known))
+            answer: Assignment = await progress.scheduler.submit.remote(
+                turn, self._max_waiting, frozenset(known), progress.is_new
+            )
         except RayTaskError as error:
-            if isinstance(error.cause, (QueueFull, SessionGone)):
+            if isinstance(error.cause, (QueueFull, SessionGone, Draining)):
                 raise error.cause from None
             raise
+        progress.is_new = False
         replica_id = answer.dispatch.replica_id
         if answer.replica is None:
             return replace(answer, replica=known[replica_id])
@@ -136,7 +167,7 @@ class Client:
             raise TurnFailed(f"gave up after {MAX_ATTEMPTS} attempts: {reason}") from error
         if replica_id and isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
             self._replicas.pop(replica_id, None)
-            self._scheduler.replica_lost.remote(replica_id)
+            progress.scheduler.replica_lost.remote(replica_id)
         await asyncio.sleep(RETRY_S * progress.answer.num_attempts)
 
     def _describe(self, request: TurnRequest) -> m.Turn:
@@ -166,6 +197,8 @@ class _Progress:
         on_delta: Callable[[Delta], None] | None,
         on_started: Callable[[TurnAccount], None] | None,
     ) -> None:
+        self.scheduler: Any = None  # that the last attempt asked
+        self.is_new = True  # no scheduler has taken it yet
         self.request = request
         self.answer = Answer(turn_id=request.turn_id)
         self.done = False

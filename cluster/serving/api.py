@@ -79,7 +79,7 @@ class _Files(StaticFiles):
 async def chat_completions(body: ChatRequest, request: Request) -> Response | EventStream:
     """Answers a chat. The conversation is recognised by its messages."""
     service, caller = service_of(request), caller_of(request)
-    generation = await unless_gone(request, service.chat_completion(body, caller))
+    generation = await unless_gone(request, service.chat_completion(body, caller), Generation.close)
     return await _respond(request, body, generation, ChatBodies(service.spell, body.num_logprobs), 1)
 
 
@@ -87,7 +87,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response | Ev
 async def completions(body: CompletionRequest, request: Request) -> Response | EventStream:
     """Continues texts."""
     service, caller = service_of(request), caller_of(request)
-    generation = await unless_gone(request, service.completion(body, caller))
+    generation = await unless_gone(request, service.completion(body, caller), Generation.close)
     num_prompts = max(1, len(generation.jobs) // body.num_choices)
     return await _respond(request, body, generation, CompletionBodies(service.spell, body.logprobs), num_prompts)
 

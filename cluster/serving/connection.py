@@ -43,13 +43,18 @@ class Connection:
     client: Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = Client(self.state.scheduler, self.state.model, self.max_waiting_turns)
+        self.client = Client(self.state.scheduler, self.state.model, self.max_waiting_turns, may_move=True)
         self.shelf = HistoryShelf(self)
+        self.is_outdated = False
+        """Another model is served now: this process's tokens mean nothing to it."""
 
     def adopt(self, state: ClusterState) -> None:
-        """From now on these are the actors."""
+        """From now on these are the actors, if they have the same model."""
+        self.is_outdated = state.model.root != self.model.root
+        if self.is_outdated:
+            return
         if state.bring_up != self.state.bring_up:
-            self.client = Client(state.scheduler, state.model, self.max_waiting_turns)
+            self.client.move(state.scheduler, state.model)
         self.state = state
 
     @property

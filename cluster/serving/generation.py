@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from actors.wire import Delta, TurnAccount, TurnRequest
 from cluster.client import Answer, Client
 from cluster.serving.recollection import Recalled
+from cluster.serving.streaming import to_the_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,9 @@ class Generation:
 
     async def close(self) -> None:
         """Ends what still runs: its turns are cancelled, and free their blocks."""
+        await to_the_end(self._close())
+
+    async def _close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

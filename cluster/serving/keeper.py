@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 2.0
 STATS_LIMIT_S = 5.0
 QUIET_S = 0.5  # nothing runs for so long: the cluster is drained
+OPEN_S = 2.0  # a cluster that is to be drained still takes turns: those of front processes that end with it
 HISTORY_START_S = 60.0
 
 
@@ -69,14 +70,27 @@ class Keeper:
         if self._watch is not None:
             self._watch.cancel()
         deadline = time.monotonic() + self._config.serving.drain_s
+        if await self._until_quiet(min(deadline, time.monotonic() + OPEN_S)):
+            return
+        await asyncio.to_thread(
+            self._refuse
+        )  # other turns wait, in their front processes, for the next keeper's cluster
+        if not await self._until_quiet(deadline):
+            log.warning("turns were still running after %g s", self._config.serving.drain_s)
+
+    async def _until_quiet(self, deadline: float) -> bool:
         quiet_since: float | None = None
         while time.monotonic() < deadline:
             busy = await self._is_busy()
             quiet_since = None if busy else quiet_since or time.monotonic()
             if quiet_since is not None and time.monotonic() - quiet_since >= QUIET_S:
-                return
+                return True
             await asyncio.sleep(0.1)
-        log.warning("turns were still running after %g s", self._config.serving.drain_s)
+        return False
+
+    def _refuse(self) -> None:
+        with suppress(GetTimeoutError, RayError):
+            ray.get(self._cluster.scheduler.drain.remote(), timeout=STATS_LIMIT_S)
 
     async def _is_busy(self) -> bool:
         stats = await asyncio.to_thread(self._cluster.scheduler_stats)

@@ -44,6 +44,8 @@ from storage import keys
 
 log = logging.getLogger(__name__)
 
+OUTDATED = "another model is served now, and this process is about to end: try again"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
@@ -279,6 +281,8 @@ class Service:
 
     def _check(self, request: CommonRequest, caller: Caller) -> None:
         """What can be told before the prompt is known."""
+        if self.connection.is_outdated:
+            raise ApiError(503, OUTDATED, code="outdated", retry_after_s=1.0)
         request.check()
         self._check_model(request)
         with _quota_in_words():
@@ -311,6 +315,8 @@ class Service:
 
     async def problem(self) -> str | None:
         """Why turns cannot be answered now; None while they can."""
+        if self.connection.is_outdated:
+            return OUTDATED
         stats = await self.connection.scheduler_stats()
         if not stats:
             return "the scheduler does not answer"

@@ -1,4 +1,8 @@
-"""Sending what a generation brings, and noticing at every moment when its client has gone."""
+"""Sending what a generation brings, and noticing at every moment when its client has gone.
+
+Serve tells of that twice: by a message, and by cancelling the request, perhaps several times. What must be done at the
+end is therefore done in a task of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +23,44 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The work's result; when the client disconnects first, the work is cancelled and ApiError 499 raised."""
+_at_work: set[asyncio.Future[Any]] = set()  # asyncio holds its tasks weakly
+
+
+async def to_the_end(work: Awaitable[Result]) -> Result:
+    """The work's result. It goes on when whoever waits here is cancelled."""
+    task = asyncio.ensure_future(work)
+    _at_work.add(task)
+    task.add_done_callback(_at_work.discard)
+    return await asyncio.shield(task)
+
+
+async def unless_gone(
+    request: Request, work: Awaitable[Result], drop: Callable[[Result], Awaitable[None]] | None = None
+) -> Result:
+    """The work's result; when the client disconnects first, the work is cancelled and ApiError 499 raised.
+
+    `drop` is awaited with a result that came all the same, and that nobody takes.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(until_gone(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
+        if not task.done():
+            raise ApiError(499, "the client has gone")
+    except BaseException:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        raise ApiError(499, "the client has gone")
+        await to_the_end(_dispose(task, drop))
+        raise
     finally:
         gone.cancel()
-        if not task.done():
-            task.cancel()
+    return task.result()
+
+
+async def _dispose(task: asyncio.Future[Result], drop: Callable[[Result], Awaitable[None]] | None) -> None:
+    with suppress(asyncio.CancelledError, Exception):
+        result = await task
+        if drop is not None:
+            await drop(result)
 
 
 async def until_gone(receive: Receive) -> None:
@@ -64,10 +90,13 @@ class EventStream(StreamingResponse):
         finally:
             for task in (pump, gone):
                 task.cancel()
-            outcome, _ = await asyncio.gather(pump, gone, return_exceptions=True)
-            await self._close()
-            if isinstance(outcome, Exception):
-                log.error("a stream broke", exc_info=outcome)
+            await to_the_end(self._end(pump, gone))
+
+    async def _end(self, pump: asyncio.Future[None], gone: asyncio.Future[None]) -> None:
+        outcome, _ = await asyncio.gather(pump, gone, return_exceptions=True)
+        await self._close()
+        if isinstance(outcome, Exception):
+            log.error("a stream broke", exc_info=outcome)
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -111,6 +114,44 @@ def test_a_client_may_go_at_any_moment(served, stream, after_s):
 def test_a_client_may_go_in_the_middle_of_its_body(served):
     connection = raw(served, head(100), b'{"messages"')
     connection.close()
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_health_turns_bad_when_the_engine_hangs_and_good_again(served):
+    (stats,) = served.cluster.replica_stats()
+    with httpx.stream(
+        "POST",
+        f"{served.url}/v1/chat/completions",
+        content=body(max_tokens=2000, stream=True, ignore_eos=True),
+        headers={"content-type": "application/json"},
+        timeout=60,
+    ) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        os.kill(stats["pid"], signal.SIGSTOP)  # the engine's own process: it makes no step any more
+        try:
+            bad = httpx.get(f"{served.url}/health", timeout=30)
+        finally:
+            os.kill(stats["pid"], signal.SIGCONT)
+        assert bad.status_code == 503
+        assert "no engine has made a step" in bad.json()["error"]["message"]
+        assert sum('"finish_reason":"length"' in line for line in lines) == 1
+    assert httpx.get(f"{served.url}/health", timeout=30).status_code == 200
+
+
+def test_a_front_with_the_tokens_of_another_model_answers_nobody(served):
+    connection, state = served.service.connection, served.service.connection.state
+    key_space = state.model.key_space.salted("another model")
+    connection.adopt(replace(state, bring_up="next", model=replace(state.model, key_space=key_space)))
+    try:
+        asked = httpx.post(
+            f"{served.url}/v1/chat/completions", content=body(), headers={"content-type": "application/json"}
+        )
+        assert (asked.status_code, asked.json()["error"]["code"]) == (503, "outdated")
+        assert int(asked.headers["retry-after"]) >= 1
+        assert httpx.get(f"{served.url}/health").status_code == 503
+    finally:
+        connection.adopt(state)
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 

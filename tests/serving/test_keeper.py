@@ -16,6 +16,8 @@ import ray
 
 from actors.engine.params import SamplingParams
 from actors.wire import TurnRequest
+from cluster.bringup import running
+from cluster.client import Client, TurnFailed
 from cluster.config import config_from
 from cluster.serving import keeper as keeper_module
 from cluster.serving import scaling
@@ -92,6 +94,32 @@ def test_a_hung_engine_is_started_anew_and_its_turn_goes_on(keeper):
                 os.kill(stats["pid"], signal.SIGKILL)
         assert len(answer.tokens) == 1200
         assert answer.num_attempts > 1
+
+    asyncio.run(scenario())
+
+
+def test_turns_of_a_cluster_that_is_taken_down_go_on_in_the_next(keeper, small_model, tmp_path):
+    async def scenario() -> None:
+        with running(serving_config(small_model, tmp_path)) as old:
+            client = Client(old.scheduler, old.model, may_move=True)
+            begun = asyncio.Event()
+            cut = asyncio.ensure_future(client.run(request(0, 800), on_delta=lambda _: begun.set()))
+            await begun.wait()
+            await old.scheduler.drain.remote()
+            late = asyncio.ensure_future(client.run(request(1, 5)))
+            with pytest.raises(TurnFailed, match="taken down"):
+                await old.client.run(request(2, 5))
+            assert not late.done()
+            assert not cut.done()
+        await asyncio.sleep(0.5)
+        assert not late.done()
+        assert not cut.done()
+        client.move((await keeper.state()).scheduler, keeper._cluster.model)
+        cut_answer, late_answer = await asyncio.wait_for(asyncio.gather(cut, late), LIMIT_S)
+        assert cut_answer.num_attempts > 1
+        assert len(late_answer.tokens) == 5
+        whole = await client.run(request(0, 800))
+        assert cut_answer.token_ids == whole.token_ids
 
     asyncio.run(scenario())
 
