@@ -34,6 +34,7 @@ from actors.shard import ModelInfo, ShardPlan
 from cluster import openmp
 from cluster.client import Client
 from cluster.config import Config, ConfigError
+from cluster.nodes import Wish, alive_nodes, spread
 from cluster.recording import check_recording, end_recording, record_plan
 from policies.scheduler import Scheduler
 
@@ -45,6 +46,7 @@ DEFAULT_SHARE = 0.6
 MIN_LOCAL_STORE_BYTES = 256 * 1024**2
 DEFAULT_LOCAL_STORE_BYTES = 4 * 1024**3
 MAX_WAITING = 100_000
+NODE_LOOK_S = 1.0
 STATS_LIMIT_S = 30  # for all actors together; one takes some seconds to restart
 
 # Ray moves nothing to disk on its own here, gives freed space back at once, and lets actors run as equals of its own
@@ -87,22 +89,27 @@ class Running:
     _places: dict[str, str] = field(default_factory=dict)  # replica -> node
     _num_created: int = 0
 
+    def __post_init__(self) -> None:
+        self.wish = Wish(self.config.cluster.cpus_per_replica, self.config.cluster.gpus_per_replica)
+
     @property
     def client(self) -> Client:
         return Client(self.scheduler, self.model)
 
     def add_stores(self) -> list[str]:
         """Stores for the nodes that have none; their ids."""
-        found = [node for node in _alive_nodes() if node["NodeID"] not in self.stores]
+        found = [node for node in alive_nodes() if node["NodeID"] not in self.stores]
         for node in found:
             self.stores[node["NodeID"]] = _create_store(self.config, node, self.names)
         return [node["NodeID"] for node in found]
 
     def add_replicas(self, count: int) -> dict[str, Any]:
-        """So many more, round the nodes that have the resources; BringUpError when they do not fit. Not ready yet."""
-        nodes = _alive_nodes()
+        """So many more, or as many as fit, round the nodes that have a store and the resources. Not ready yet."""
+        section = self.config.cluster
+        nodes = [node for node in alive_nodes() if node["NodeID"] in self.stores]
         added = {}
-        for node in _spread(self.config, nodes, list(self._places.values()), count):
+        places = spread(nodes, list(self._places.values()), count, section.cpus_per_replica, section.gpus_per_replica)
+        for node in places:
             replica_id = f"replica-{self._num_created}"
             self._num_created += 1
             self._places[replica_id] = node["NodeID"]
@@ -167,6 +174,7 @@ def running(config: Config) -> Iterator[Running]:
     finally:
         if config.cluster.record:
             end_recording(cluster.scheduler)
+        cluster.wish.set(0)
         _tear_down([cluster.scheduler, *cluster.stores.values(), *cluster.replicas.values()], started_ray)
 
 
@@ -232,8 +240,7 @@ def _begin(config: Config) -> Running:
 def _complete(cluster: Running) -> None:
     """Stores and replicas, ready for turns."""
     config = cluster.config
-    cluster.add_stores()
-    cluster.add_replicas(config.cluster.num_replicas)
+    _place_replicas(cluster)
     try:
         limit_s = config.cluster.start_limit_s
         check_recording(cluster.scheduler, limit_s)
@@ -254,8 +261,24 @@ def _complete(cluster: Running) -> None:
     cluster.model = infos[0]
 
 
-def _alive_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+def _place_replicas(cluster: Running) -> None:
+    """Stores, and replicas beside them; nodes that an autoscaler may add are waited for as long as is configured."""
+    section = cluster.config.cluster
+    deadline = time.monotonic() + section.node_wait_s
+    while True:
+        cluster.add_stores()
+        cluster.add_replicas(section.num_replicas - len(cluster.replicas))
+        if len(cluster.replicas) == section.num_replicas:
+            cluster.wish.set(0)
+            return
+        if time.monotonic() >= deadline:
+            raise BringUpError(
+                f"only {len(cluster.replicas)} of {section.num_replicas} replicas fit: each needs "
+                f"{section.cpus_per_replica:g} CPUs and {section.gpus_per_replica:g} GPUs; lower cluster.num_replicas "
+                "or cluster.cpus_per_replica, add nodes, or wait for an autoscaler's (cluster.node_wait_s)"
+            )
+        cluster.wish.set(section.num_replicas - len(cluster.replicas))
+        time.sleep(NODE_LOOK_S)
 
 
 def _create_store(config: Config, node: dict[str, Any], names: Names) -> Any:
@@ -306,39 +329,6 @@ def _create_replica(config: Config, node: dict[str, Any], names: Names, replica_
         .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
         .remote(replica_id, plan, names.scheduler, names.store(node_id), node_id)
     )
-
-
-def _spread(config: Config, nodes: list[dict[str, Any]], taken: list[str], count: int) -> list[dict[str, Any]]:
-    """Nodes for so many replicas, beside those that have places already; refuses what could never be placed."""
-    section = config.cluster
-    free = {node["NodeID"]: dict(node["Resources"]) for node in nodes}
-    for node_id in taken:
-        if node_id in free:
-            _take(free[node_id], section.cpus_per_replica, section.gpus_per_replica)
-    places: list[dict[str, Any]] = []
-    while len(places) < count:
-        fitting = [
-            node for node in nodes if _fits(free[node["NodeID"]], section.cpus_per_replica, section.gpus_per_replica)
-        ]
-        if not fitting:
-            raise BringUpError(
-                f"only {len(places)} of {count} replicas fit: each needs {section.cpus_per_replica:g} "
-                f"CPUs and {section.gpus_per_replica:g} GPUs; lower cluster.num_replicas or cluster.cpus_per_replica, "
-                f"or add nodes"
-            )
-        node = min(fitting, key=lambda node: places.count(node) + taken.count(node["NodeID"]))
-        _take(free[node["NodeID"]], section.cpus_per_replica, section.gpus_per_replica)
-        places.append(node)
-    return places
-
-
-def _take(resources: dict[str, float], cpus: float, gpus: float) -> None:
-    resources["CPU"] = resources.get("CPU", 0) - cpus
-    resources["GPU"] = resources.get("GPU", 0) - gpus
-
-
-def _fits(resources: dict[str, float], cpus: float, gpus: float) -> bool:
-    return resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus
 
 
 def _replica_plan(config: Config, node: dict[str, Any], sharing: int) -> ReplicaPlan:

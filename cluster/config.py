@@ -97,6 +97,8 @@ class ClusterSection:
     num_replicas: Positive = 1
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    node_wait_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long bring-up waits for nodes that an autoscaler adds; 0: replicas that do not fit now are an error."""
     start_limit_s: Annotated[float, Field(gt=0)] = 600.0
     """How long the replicas may take to load their model."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 1.0

@@ -91,7 +91,7 @@ def build(config: Config) -> Application:
         max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=2 * drain_s,
         health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=config.cluster.start_limit_s + START_SLACK_S,
+        health_check_timeout_s=config.cluster.node_wait_s + config.cluster.start_limit_s + START_SLACK_S,
         ray_actor_options={"num_cpus": 0, "resources": HEAD},
     )
     front = serve.deployment(

@@ -106,7 +106,7 @@ class Keeper:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            for duty in (self._restart_hung, self._scale, self._add_stores):
+            for duty in (self._restart_hung, self._add_stores, self._scale):
                 try:
                     await duty()
                 except (RayError, BringUpError, ConfigError) as error:
@@ -135,9 +135,13 @@ class Keeper:
         if target > load.num_replicas:
             added = await asyncio.to_thread(self._cluster.add_replicas, target - load.num_replicas)
             self._starting |= added.keys()
-            log.warning("load: %d replicas are being added", len(added))
+            missing = target - load.num_replicas - len(added)
+            log.warning("load: %d replicas are being added, %d have no room yet", len(added), missing)
+            await asyncio.to_thread(self._cluster.wish.set, missing)
         elif target < load.num_replicas:
             self._close_one(list(fleet.values()))
+        if load.wanted <= load.num_replicas:
+            await asyncio.to_thread(self._cluster.wish.set, 0)
 
     def _load(self, stats: dict[str, Any], fleet: list[dict[str, Any]]) -> Load:
         """Replicas that are being started count: they are on their way."""
