@@ -1,7 +1,8 @@
 """The replica: the asynchronous front of one copy of the model.
 
 It takes a dispatched turn, hands it to the shard with its plan, turns token ids into text, streams them to the client
-and keeps the account of each prompt token. Its shard lives and dies with it.
+(all of a client's turns in one stream: outbox.py) and keeps the account of each prompt token. Its shard lives and dies
+with it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from actors.engine.turns import FinishReason, ReadyChunk, StartInfo, TurnOutput
 from actors.heartbeat import keep_joined
 from actors.link import ReplicaEnd
 from actors.node_store import chunk_info
+from actors.outbox import Message, Outbox
 from actors.shard import ModelInfo, Shard, ShardPlan
-from actors.wire import AbortTurn, AddTurn, Delta, Harvest, Piece, Started, TurnEnd, TurnRequest
+from actors.wire import AbortTurn, AddTurn, Delta, Harvest, Started, TurnEnd, TurnRequest
 from policies import messages as m
 
 log = logging.getLogger(__name__)
 
 SHARD_GROUPS = {"control": 2, "io": 2}
 REMEMBERED_TURNS = 4096
+REMEMBERED_LISTENERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class _Running:
 
     request: TurnRequest
     dispatch: m.Dispatch
+    outbox: Outbox
     outputs: asyncio.Queue[TurnOutput]
 
     @property
@@ -99,6 +103,7 @@ class Replica:
         self._link = ReplicaEnd()
         self._shard = create_shard(plan, self._link.address, store)
         self._running: dict[str, _Running] = {}  # by the attempt's name
+        self._outboxes: dict[str, Outbox] = {}  # by their listeners
         self._sessions: OrderedDict[str, m.SessionId] = OrderedDict()  # of recent attempts, for their chunks
         self._background: list[asyncio.Task[None]] = []
         self._offers: set[asyncio.Task[None]] = set()  # whoever waits holds its task: asyncio does not
@@ -142,11 +147,25 @@ class Replica:
 
     # --- one turn -----------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: TurnRequest, dispatch: m.Dispatch) -> AsyncIterator[tuple[Piece, ...]]:
-        """Streams one attempt's pieces, together those that came together; the last one is a TurnEnd. Leaving the
-        stream early aborts the attempt."""
+    async def listen(self, listener: str) -> AsyncIterator[Message]:
+        """Streams the pieces of all attempts that name this listener, without end. When it is left, they end."""
+        outbox = self._outbox(listener)
+        try:
+            async for message in outbox.messages():
+                yield message
+        finally:
+            outbox.is_left = True
+            for running in self._running.values():
+                if running.outbox is outbox:
+                    self._link.send(AbortTurn(running.name))
+
+    async def generate(self, request: TurnRequest, dispatch: m.Dispatch, listener: str) -> None:
+        """Runs one attempt; its pieces go to the listener, the last one is a TurnEnd. RuntimeError if it has left."""
+        outbox = self._outbox(listener)
         await asyncio.shield(self._started)  # Ray calls an actor alive that loads its model again
-        running = _Running(request, dispatch, asyncio.Queue())
+        if outbox.is_left:
+            raise RuntimeError(f"nobody listens to turn {dispatch.turn_id} any more")
+        running = _Running(request, dispatch, outbox, asyncio.Queue())
         name = running.name
         self._running[name] = running
         self._remember(name, request.session_id)
@@ -157,16 +176,15 @@ class Replica:
             text = self._text_stream(request)
             while not done:
                 output = await running.next_output()
-                pieces: list[Piece] = []
                 if output.started is not None:
-                    pieces.append(Started(settle(dispatch.plan, output.started)))
+                    outbox.put(name, Started(settle(dispatch.plan, output.started)))
                     news = self._start_events(running, output.started)
                 if output.finish_reason is not None:
                     done = True
-                    pieces.append(await self._turn_ended(running, output, text, news))
+                    outbox.put(name, await self._turn_ended(running, output, text, news))
                 elif output.tokens:
-                    pieces.append(Delta(output.tokens, "".join(text.push(token.token_id) for token in output.tokens)))
-                yield tuple(pieces)
+                    words = "".join([text.push(token.token_id) for token in output.tokens])
+                    outbox.put(name, Delta(output.tokens, words))
                 if news and not done:
                     self._tell(*news)  # the first token does not wait for it
                     news = []
@@ -175,6 +193,14 @@ class Replica:
             if not done:
                 self._link.send(AbortTurn(name))
                 self._tell(*news, running.finished(self.replica_id))
+
+    def _outbox(self, listener: str) -> Outbox:
+        """Listeners and their turns may come in any order. Of those that left the last ones are known."""
+        outbox = self._outboxes.setdefault(listener, Outbox())
+        left = [name for name, other in self._outboxes.items() if other.is_left]
+        for name in left[:-REMEMBERED_LISTENERS]:
+            del self._outboxes[name]
+        return outbox
 
     def _remember(self, name: str, session_id: m.SessionId) -> None:
         self._sessions[name] = session_id

@@ -23,6 +23,7 @@ from actors.engine.turns import FinishReason
 from actors.scheduler import Assignment, Draining, QueueFull, SessionGone
 from actors.shard import ModelInfo
 from actors.wire import Delta, Piece, Started, TurnAccount, TurnEnd, TurnRequest
+from cluster.listening import Listener
 from policies import messages as m
 from storage import keys
 
@@ -74,11 +75,12 @@ class Client:
         self._may_move = may_move
         self._moved = asyncio.Event()
         self._replicas: dict[m.ReplicaId, Any] = {}  # handles
+        self._listeners: dict[m.ReplicaId, Listener] = {}
 
     def move(self, scheduler: Any, model: ModelInfo) -> None:
         """Another cluster, which has the same model, takes the turns from now on. Those that run end where they are."""
         self._scheduler, self.model = scheduler, model
-        self._replicas = {}
+        self._replicas, self._listeners = {}, {}
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -117,10 +119,8 @@ class Client:
             assignment = await self._submit(progress)
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
-            stream = assignment.replica.generate.options(num_returns="streaming")
-            async for ref in stream.remote(request, assignment.dispatch):
-                for piece in await ref:
-                    progress.receive(piece)
+            listener = self._listener(replica_id, assignment.replica)
+            await listener.run(request, assignment.dispatch, progress.receive)
         except RayError as error:
             await self._recover(progress, replica_id, error)
 
@@ -156,8 +156,16 @@ class Client:
             return replace(answer, replica=known[replica_id])
         self._replicas[replica_id] = answer.replica
         while len(self._replicas) > MAX_KNOWN_REPLICAS:
-            self._replicas.pop(next(iter(self._replicas)))
+            oldest = next(iter(self._replicas))
+            self._replicas.pop(oldest)
+            self._listeners.pop(oldest, None)
         return answer
+
+    def _listener(self, replica_id: m.ReplicaId, replica: Any) -> Listener:
+        listener = self._listeners.get(replica_id)
+        if listener is None or not listener.is_open:
+            listener = self._listeners[replica_id] = Listener(replica)
+        return listener
 
     async def _recover(self, progress: _Progress, replica_id: str, error: RayError) -> None:
         """An actor failed: tell the scheduler, wait a little, let the next attempt go on."""
@@ -167,6 +175,7 @@ class Client:
             raise TurnFailed(f"gave up after {MAX_ATTEMPTS} attempts: {reason}") from error
         if replica_id and isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
             self._replicas.pop(replica_id, None)
+            self._listeners.pop(replica_id, None)
             progress.scheduler.replica_lost.remote(replica_id)
         await asyncio.sleep(RETRY_S * progress.answer.num_attempts)
 

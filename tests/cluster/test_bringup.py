@@ -15,6 +15,7 @@ from actors.engine.turns import FinishReason
 from actors.wire import Piece, TurnEnd, TurnRequest
 from cluster import bringup
 from cluster.bringup import _stats_of as stats_of
+from cluster.listening import Listener
 from policies import messages as m
 from tests.cluster.jobs import config_for
 
@@ -40,12 +41,14 @@ def test_a_replica_that_loads_its_model_again_holds_its_turns(local_ray: None, s
             sampling=SamplingParams(max_new_tokens=2, ignore_eos=True),
         )
         dispatch = m.Dispatch(turn_id=request.turn_id, replica_id="replica-0", plan=m.RestorePlan())
-        generate = replica.generate.options(num_returns="streaming")
+        pieces: list[Piece] = []
         while True:
             try:
-                return [piece async for ref in generate.remote(request, dispatch) for piece in await ref]
+                await Listener(replica).run(request, dispatch, pieces.append)
             except RayActorError:  # the process is not there yet
                 await asyncio.sleep(0.05)
+            else:
+                return pieces
 
     with bringup.running(config_for(small_model)) as cluster:
         (replica,) = cluster.replicas.values()

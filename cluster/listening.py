@@ -1,0 +1,107 @@
+"""A client's end of a replica's outbox: one stream, from which every running turn gets its pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.replica import attempt_name
+from actors.wire import Piece, TurnEnd, TurnRequest
+from policies import messages as m
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGES = 8
+"""Under way at a time; what comes meanwhile goes with the next."""
+
+
+class StreamBroke(RayError):  # type: ignore[misc]  # noqa: N818 - named like what happened
+    """Pieces are not heard any more, although nothing is known of the replica's death."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sink:
+    receive: Callable[[Piece], None]
+    ended: asyncio.Future[None]
+
+    def take(self, piece: Piece) -> None:
+        if self.ended.done():
+            return
+        try:
+            self.receive(piece)
+        except Exception as error:  # noqa: BLE001 - whoever waits for the end hears of it
+            self.ended.set_exception(error)
+        else:
+            if isinstance(piece, TurnEnd):
+                self.ended.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
+class Listener:
+    """Belongs to one event loop. Once it is not open any more, another one is needed."""
+
+    def __init__(self, replica: Any) -> None:
+        """`replica` is the actor's handle."""
+        self._replica = replica
+        self._id = uuid.uuid4().hex
+        self._sinks: dict[str, _Sink] = {}
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    @property
+    def is_open(self) -> bool:
+        return not self._reader.done()
+
+    async def run(self, request: TurnRequest, dispatch: m.Dispatch, receive: Callable[[Piece], None]) -> None:
+        """Runs the attempt; `receive` gets its pieces as they come, the last one is a TurnEnd. Raises RayError when the
+        replica cannot go on, and what `receive` raises. Leaving early ends the attempt."""
+        name = attempt_name(dispatch.turn_id, dispatch.attempt)
+        sink = self._sinks[name] = _Sink(receive, asyncio.get_running_loop().create_future())
+        call = self._replica.generate.remote(request, dispatch, self._id)
+        watch = asyncio.ensure_future(_watch(call, sink))
+        try:
+            await sink.ended
+        except asyncio.CancelledError:
+            cancel = m.Cancel(turn_id=dispatch.turn_id, replica_id=dispatch.replica_id, attempt=dispatch.attempt)
+            self._replica.cancel.remote(cancel)
+            raise
+        finally:
+            watch.cancel()
+            del self._sinks[name]
+
+    async def _read(self) -> None:
+        error: BaseException = StreamBroke("the replica's stream ended")
+        listen = self._replica.listen.options(num_returns="streaming", _generator_backpressure_num_objects=MAX_MESSAGES)
+        stream = listen.remote(self._id)
+        try:
+            async for ref in stream:
+                for name, piece in await ref:
+                    sink = self._sinks.get(name)
+                    if sink is not None:
+                        sink.take(piece)
+        except RayError as failure:
+            error = failure
+        except Exception as failure:
+            log.exception("a replica's stream broke")
+            error = StreamBroke(f"{type(failure).__name__}: {failure}")
+        finally:
+            for sink in self._sinks.values():
+                sink.fail(error)
+            ray.cancel(stream)  # its turns end with it
+
+
+async def _watch(call: Any, sink: _Sink) -> None:
+    """The replica's own word on the attempt comes when it is over; only what went wrong is news."""
+    try:
+        await call
+    except RayError as error:
+        sink.fail(error)
