@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from actors.wire import Piece
 
 Message = tuple[tuple[str, Piece], ...]
 """(attempt's name, piece), in the order in which they came."""
+
+SILENCE_S = 20.0
 
 
 class Outbox:
@@ -30,9 +33,11 @@ class Outbox:
             self._news.set()
 
     async def messages(self) -> AsyncIterator[Message]:
-        """Without end."""
+        """Without end. An empty one after a silence: sending it tells whether somebody is still there."""
         while True:
-            await self._news.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SILENCE_S):
+                    await self._news.wait()
             self._news.clear()
             pieces, self._pieces = self._pieces, []
             yield tuple(pieces)

@@ -103,6 +103,7 @@ class Replica:
         self._link = ReplicaEnd()
         self._shard = create_shard(plan, self._link.address, store)
         self._running: dict[str, _Running] = {}  # by the attempt's name
+        self._cancelled: set[str] = set()  # of those that wait for the model
         self._outboxes: dict[str, Outbox] = {}  # by their listeners
         self._sessions: OrderedDict[str, m.SessionId] = OrderedDict()  # of recent attempts, for their chunks
         self._background: list[asyncio.Task[None]] = []
@@ -157,14 +158,11 @@ class Replica:
             outbox.is_left = True
             for running in self._running.values():
                 if running.outbox is outbox:
-                    self._link.send(AbortTurn(running.name))
+                    self._abort(running.name)
 
     async def generate(self, request: TurnRequest, dispatch: m.Dispatch, listener: str) -> None:
         """Runs one attempt; its pieces go to the listener, the last one is a TurnEnd. RuntimeError if it has left."""
         outbox = self._outbox(listener)
-        await asyncio.shield(self._started)  # Ray calls an actor alive that loads its model again
-        if outbox.is_left:
-            raise RuntimeError(f"nobody listens to turn {dispatch.turn_id} any more")
         running = _Running(request, dispatch, outbox, asyncio.Queue())
         name = running.name
         self._running[name] = running
@@ -172,6 +170,9 @@ class Replica:
         done = False
         news: list[m.Event] = []
         try:
+            await asyncio.shield(self._started)  # Ray calls an actor alive that loads its model again
+            if outbox.is_left or name in self._cancelled:
+                raise RuntimeError(f"nobody waits for turn {dispatch.turn_id} any more")
             self._link.send(AddTurn(running.named_request, dispatch.plan.steps))
             text = self._text_stream(request)
             while not done:
@@ -190,8 +191,9 @@ class Replica:
                     news = []
         finally:
             del self._running[name]
+            self._cancelled.discard(name)
             if not done:
-                self._link.send(AbortTurn(name))
+                self._abort(name)
                 self._tell(*news, running.finished(self.replica_id))
 
     def _outbox(self, listener: str) -> Outbox:
@@ -201,6 +203,13 @@ class Replica:
         for name in left[:-REMEMBERED_LISTENERS]:
             del self._outboxes[name]
         return outbox
+
+    def _abort(self, name: str) -> None:
+        """One that waits until the model is loaded ends then."""
+        if self._started.done():
+            self._link.send(AbortTurn(name))
+        elif name in self._running:
+            self._cancelled.add(name)
 
     def _remember(self, name: str, session_id: m.SessionId) -> None:
         self._sessions[name] = session_id
@@ -300,7 +309,7 @@ class Replica:
         """The attempt's stream ends with ABORTED; one that is not here (any more) is reported as over."""
         name = attempt_name(command.turn_id, command.attempt)
         if name in self._running:
-            self._link.send(AbortTurn(name))
+            self._abort(name)
         else:
             finished = m.TurnFinished(turn_id=command.turn_id, replica_id=self.replica_id, attempt=command.attempt)
             await self._tell(finished)
@@ -322,7 +331,8 @@ class Replica:
         return held
 
     async def stats(self) -> dict[str, Any]:
-        return {"replica_id": self.replica_id, **await self._shard.stats.remote()}
+        listeners = sum(not outbox.is_left for outbox in self._outboxes.values())
+        return {"replica_id": self.replica_id, "listeners": listeners, **await self._shard.stats.remote()}
 
 
 def create_shard(plan: ReplicaPlan, link: str, store: str) -> Any:

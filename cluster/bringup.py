@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 # A local Ray needs no token, and token mode switched on by accident locks `ray job submit` out.
@@ -92,8 +93,9 @@ class Running:
     def __post_init__(self) -> None:
         self.wish = Wish(self.config.cluster.cpus_per_replica, self.config.cluster.gpus_per_replica)
 
-    @property
+    @cached_property
     def client(self) -> Client:
+        """One for all turns of this process, one event loop at a time."""
         return Client(self.scheduler, self.model)
 
     def add_stores(self) -> list[str]:
@@ -105,11 +107,8 @@ class Running:
 
     def add_replicas(self, count: int) -> dict[str, Any]:
         """So many more, or as many as fit, round the nodes that have a store and the resources. Not ready yet."""
-        section = self.config.cluster
-        nodes = [node for node in alive_nodes() if node["NodeID"] in self.stores]
         added = {}
-        places = spread(nodes, list(self._places.values()), count, section.cpus_per_replica, section.gpus_per_replica)
-        for node in places:
+        for node in self._room(count):
             replica_id = f"replica-{self._num_created}"
             self._num_created += 1
             self._places[replica_id] = node["NodeID"]
@@ -120,6 +119,15 @@ class Running:
                 self.config, node, self.names, replica_id, sharing[node["NodeID"]]
             )
         return {replica_id: self.replicas[replica_id] for replica_id in added}
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many more would fit."""
+        return len(self._room(count)) == count
+
+    def _room(self, count: int) -> list[dict[str, Any]]:
+        section = self.config.cluster
+        nodes = [node for node in alive_nodes() if node["NodeID"] in self.stores]
+        return spread(nodes, list(self._places.values()), count, section.cpus_per_replica, section.gpus_per_replica)
 
     def remove_replica(self, replica_id: str) -> None:
         """At once; whatever runs there runs elsewhere again."""
@@ -174,8 +182,10 @@ def running(config: Config) -> Iterator[Running]:
     finally:
         if config.cluster.record:
             end_recording(cluster.scheduler)
-        cluster.wish.set(0)
-        _tear_down([cluster.scheduler, *cluster.stores.values(), *cluster.replicas.values()], started_ray)
+        try:
+            cluster.wish.set(0)
+        finally:
+            _tear_down([cluster.scheduler, *cluster.stores.values(), *cluster.replicas.values()], started_ray)
 
 
 def check(config: Config) -> None:
@@ -262,22 +272,23 @@ def _complete(cluster: Running) -> None:
 
 
 def _place_replicas(cluster: Running) -> None:
-    """Stores, and replicas beside them; nodes that an autoscaler may add are waited for as long as is configured."""
+    """Stores, and replicas beside them, when there is room for all; nodes that an autoscaler may add are waited for as
+    long as is configured. Until then nothing is placed that would compete with what holds the room."""
     section = cluster.config.cluster
     deadline = time.monotonic() + section.node_wait_s
     while True:
         cluster.add_stores()
-        cluster.add_replicas(section.num_replicas - len(cluster.replicas))
-        if len(cluster.replicas) == section.num_replicas:
+        if cluster.has_room(section.num_replicas):
             cluster.wish.set(0)
+            cluster.add_replicas(section.num_replicas)
             return
         if time.monotonic() >= deadline:
             raise BringUpError(
-                f"only {len(cluster.replicas)} of {section.num_replicas} replicas fit: each needs "
-                f"{section.cpus_per_replica:g} CPUs and {section.gpus_per_replica:g} GPUs; lower cluster.num_replicas "
-                "or cluster.cpus_per_replica, add nodes, or wait for an autoscaler's (cluster.node_wait_s)"
+                f"{section.num_replicas} replicas do not fit: each needs {section.cpus_per_replica:g} CPUs and "
+                f"{section.gpus_per_replica:g} GPUs; lower cluster.num_replicas or cluster.cpus_per_replica, add "
+                "nodes, or wait for an autoscaler's (cluster.node_wait_s)"
             )
-        cluster.wish.set(section.num_replicas - len(cluster.replicas))
+        cluster.wish.set(section.num_replicas)
         time.sleep(NODE_LOOK_S)
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 6
 RETRY_S = 0.5
 MAX_KNOWN_REPLICAS = 256
+ASK_AGAIN_S = 2.0
 
 
 class TurnFailed(RuntimeError):  # noqa: N818 - named like the event
@@ -69,18 +71,25 @@ class Client:
     ) -> None:
         """`max_waiting`: with so many turns waiting, a new one raises QueueFull. `may_move`: when the scheduler takes
         no more turns, or is gone, they wait for `move` as long as their callers do."""
-        self._scheduler = scheduler
         self.model = model
+        self._cluster = _Cluster(scheduler)
         self._max_waiting = max_waiting
         self._may_move = may_move
         self._moved = asyncio.Event()
-        self._replicas: dict[m.ReplicaId, Any] = {}  # handles
-        self._listeners: dict[m.ReplicaId, Listener] = {}
+        self._obstacle = ""
 
     def move(self, scheduler: Any, model: ModelInfo) -> None:
         """Another cluster, which has the same model, takes the turns from now on. Those that run end where they are."""
-        self._scheduler, self.model = scheduler, model
-        self._replicas, self._listeners = {}, {}
+        self._cluster.close()
+        self._cluster, self.model, self._obstacle = _Cluster(scheduler), model, ""
+        self._wake()
+
+    def give_up(self, reason: str) -> None:
+        """There will be no cluster to move to: turns that wait for one, or come to it, fail."""
+        self._obstacle = reason
+        self._wake()
+
+    def _wake(self) -> None:
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -107,8 +116,8 @@ class Client:
                 progress.begin()
                 await self._attempt(progress)
         except asyncio.CancelledError:
-            if progress.scheduler is not None:
-                progress.scheduler.cancel.remote(request.turn_id)
+            if progress.cluster is not None:
+                progress.cluster.scheduler.cancel.remote(request.turn_id)
             raise
         return progress.answer
 
@@ -119,7 +128,8 @@ class Client:
             assignment = await self._submit(progress)
             replica_id = assignment.dispatch.replica_id
             progress.assigned(replica_id)
-            listener = self._listener(replica_id, assignment.replica)
+            assert progress.cluster is not None
+            listener = progress.cluster.listener(replica_id, assignment.replica)
             await listener.run(request, assignment.dispatch, progress.receive)
         except RayError as error:
             await self._recover(progress, replica_id, error)
@@ -127,23 +137,27 @@ class Client:
     async def _submit(self, progress: _Progress) -> Assignment:
         """Waits for the next cluster when this one is being taken down, or is gone."""
         while True:
-            progress.scheduler, moved = self._scheduler, self._moved
+            cluster, moved = self._cluster, self._moved
             try:
-                return await self._ask(progress)
+                return await self._ask(progress, cluster)
             except Draining as error:
                 if not self._may_move:
                     raise TurnFailed(str(error)) from None
-            except ActorDiedError:  # and not: unavailable. Ray does not start it again
+            except ActorDiedError:  # and not: unavailable
                 if not self._may_move:
                     raise
+            if self._obstacle:
+                raise TurnFailed(self._obstacle)
             log.warning("turn %s waits for the next cluster: this one is taken down", progress.request.turn_id)
-            await moved.wait()
+            with suppress(TimeoutError):  # a scheduler whose node is lost may come back
+                await asyncio.wait_for(moved.wait(), ASK_AGAIN_S)
 
-    async def _ask(self, progress: _Progress) -> Assignment:
-        known = dict(self._replicas)  # another turn may lose one meanwhile
+    async def _ask(self, progress: _Progress, cluster: _Cluster) -> Assignment:
+        known = dict(cluster.replicas)  # another turn may lose one meanwhile
         turn = self._describe(progress.request)
+        progress.cluster = cluster
         try:
-            answer: Assignment = await progress.scheduler.submit.remote(
+            answer: Assignment = await cluster.scheduler.submit.remote(
                 turn, self._max_waiting, frozenset(known), progress.is_new
             )
         except RayTaskError as error:
@@ -154,18 +168,8 @@ class Client:
         replica_id = answer.dispatch.replica_id
         if answer.replica is None:
             return replace(answer, replica=known[replica_id])
-        self._replicas[replica_id] = answer.replica
-        while len(self._replicas) > MAX_KNOWN_REPLICAS:
-            oldest = next(iter(self._replicas))
-            self._replicas.pop(oldest)
-            self._listeners.pop(oldest, None)
+        cluster.note(replica_id, answer.replica)
         return answer
-
-    def _listener(self, replica_id: m.ReplicaId, replica: Any) -> Listener:
-        listener = self._listeners.get(replica_id)
-        if listener is None or not listener.is_open:
-            listener = self._listeners[replica_id] = Listener(replica)
-        return listener
 
     async def _recover(self, progress: _Progress, replica_id: str, error: RayError) -> None:
         """An actor failed: tell the scheduler, wait a little, let the next attempt go on."""
@@ -174,9 +178,9 @@ class Client:
         if progress.answer.num_attempts >= MAX_ATTEMPTS:
             raise TurnFailed(f"gave up after {MAX_ATTEMPTS} attempts: {reason}") from error
         if replica_id and isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
-            self._replicas.pop(replica_id, None)
-            self._listeners.pop(replica_id, None)
-            progress.scheduler.replica_lost.remote(replica_id)
+            assert progress.cluster is not None
+            progress.cluster.forget(replica_id)
+            progress.cluster.scheduler.replica_lost.remote(replica_id)
         await asyncio.sleep(RETRY_S * progress.answer.num_attempts)
 
     def _describe(self, request: TurnRequest) -> m.Turn:
@@ -197,6 +201,38 @@ class Client:
         )
 
 
+class _Cluster:
+    """A scheduler, and what is known of its replicas. Those of two clusters may have the same names."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.replicas: dict[m.ReplicaId, Any] = {}  # handles
+        self._listeners: dict[m.ReplicaId, Listener] = {}
+
+    def note(self, replica_id: m.ReplicaId, replica: Any) -> None:
+        self.replicas[replica_id] = replica
+        while len(self.replicas) > MAX_KNOWN_REPLICAS:
+            self.forget(next(iter(self.replicas)))
+
+    def listener(self, replica_id: m.ReplicaId, replica: Any) -> Listener:
+        """An open one."""
+        listener = self._listeners.get(replica_id)
+        if listener is None or not listener.is_open:
+            listener = self._listeners[replica_id] = Listener(replica)
+        return listener
+
+    def forget(self, replica_id: m.ReplicaId) -> None:
+        self.replicas.pop(replica_id, None)
+        listener = self._listeners.pop(replica_id, None)
+        if listener is not None:
+            listener.close()
+
+    def close(self) -> None:
+        """Its turns end where they are."""
+        for replica_id in list(self._listeners):
+            self.forget(replica_id)
+
+
 class _Progress:
     """One turn over its attempts."""
 
@@ -206,7 +242,7 @@ class _Progress:
         on_delta: Callable[[Delta], None] | None,
         on_started: Callable[[TurnAccount], None] | None,
     ) -> None:
-        self.scheduler: Any = None  # that the last attempt asked
+        self.cluster: _Cluster | None = None  # that the last attempt asked
         self.is_new = True  # no scheduler has taken it yet
         self.request = request
         self.answer = Answer(turn_id=request.turn_id)

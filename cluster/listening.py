@@ -22,24 +22,27 @@ MAX_MESSAGES = 8
 """Under way at a time; what comes meanwhile goes with the next."""
 
 
-class StreamBroke(RayError):  # type: ignore[misc]  # noqa: N818 - named like what happened
+class StreamBroke(RayError):  # noqa: N818 - named like what happened
     """Pieces are not heard any more, although nothing is known of the replica's death."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sink:
     receive: Callable[[Piece], None]
     ended: asyncio.Future[None]
+    is_over: bool = False
+    """The replica has nothing to do for it any more."""
 
     def take(self, piece: Piece) -> None:
         if self.ended.done():
             return
+        self.is_over = isinstance(piece, TurnEnd)
         try:
             self.receive(piece)
         except Exception as error:  # noqa: BLE001 - whoever waits for the end hears of it
             self.ended.set_exception(error)
         else:
-            if isinstance(piece, TurnEnd):
+            if self.is_over:
                 self.ended.set_result(None)
 
     def fail(self, error: BaseException) -> None:
@@ -55,11 +58,18 @@ class Listener:
         self._replica = replica
         self._id = uuid.uuid4().hex
         self._sinks: dict[str, _Sink] = {}
+        self._is_closing = False
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @property
     def is_open(self) -> bool:
         return not self._reader.done()
+
+    def close(self) -> None:
+        """It ends with the last turn that runs."""
+        self._is_closing = True
+        if not self._sinks:
+            self._reader.cancel()
 
     async def run(self, request: TurnRequest, dispatch: m.Dispatch, receive: Callable[[Piece], None]) -> None:
         """Runs the attempt; `receive` gets its pieces as they come, the last one is a TurnEnd. Raises RayError when the
@@ -70,19 +80,20 @@ class Listener:
         watch = asyncio.ensure_future(_watch(call, sink))
         try:
             await sink.ended
-        except asyncio.CancelledError:
-            cancel = m.Cancel(turn_id=dispatch.turn_id, replica_id=dispatch.replica_id, attempt=dispatch.attempt)
-            self._replica.cancel.remote(cancel)
-            raise
         finally:
             watch.cancel()
             del self._sinks[name]
+            if not sink.is_over:
+                cancel = m.Cancel(turn_id=dispatch.turn_id, replica_id=dispatch.replica_id, attempt=dispatch.attempt)
+                self._replica.cancel.remote(cancel)
+            if self._is_closing:
+                self.close()
 
     async def _read(self) -> None:
         error: BaseException = StreamBroke("the replica's stream ended")
-        listen = self._replica.listen.options(num_returns="streaming", _generator_backpressure_num_objects=MAX_MESSAGES)
-        stream = listen.remote(self._id)
+        stream, options = None, {"num_returns": "streaming", "_generator_backpressure_num_objects": MAX_MESSAGES}
         try:
+            stream = self._replica.listen.options(**options).remote(self._id)
             async for ref in stream:
                 for name, piece in await ref:
                     sink = self._sinks.get(name)
@@ -96,7 +107,8 @@ class Listener:
         finally:
             for sink in self._sinks.values():
                 sink.fail(error)
-            ray.cancel(stream)  # its turns end with it
+            if stream is not None and ray.is_initialized():
+                ray.cancel(stream)  # its turns end with it
 
 
 async def _watch(call: Any, sink: _Sink) -> None:

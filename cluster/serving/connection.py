@@ -17,6 +17,7 @@ from storage.histories import Record
 log = logging.getLogger(__name__)
 
 ASK_LIMIT_S = 5.0
+OUTDATED = "another model is served now, and this process is about to end: try again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Connection:
         """From now on these are the actors, if they have the same model."""
         self.is_outdated = state.model.root != self.model.root
         if self.is_outdated:
+            self.client.give_up(OUTDATED)
             return
         if state.bring_up != self.state.bring_up:
             self.client.move(state.scheduler, state.model)

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.history import HistoryActor
@@ -47,9 +47,17 @@ class Keeper:
         self._scaler = Scaler(config.cluster.num_replicas, config.serving.max_replicas)
         self._expositions: dict[str, tuple[float, str]] = {}
         self._closing: set[str] = set()  # replicas that take no more turns
-        self._starting: set[str] = set()
         self._heard: dict[str, float] = {}  # replica -> when it last said that it works
         self._watch: asyncio.Task[None] | None = None
+
+    async def check_health(self) -> None:
+        """Serve asks now and then, and starts another keeper when this raises: a cluster without scheduler is lost."""
+        try:
+            await self._cluster.scheduler.heartbeat.remote("keeper")
+        except ActorDiedError as error:  # not: it restarts
+            raise RuntimeError(f"the scheduler is dead for good: {error}") from error
+        except RayError as error:
+            log.warning("the scheduler does not answer just now: %s", error)
 
     async def state(self) -> ClusterState:
         """Who is there now."""
@@ -122,7 +130,9 @@ class Keeper:
         if not stats:
             return
         fleet = {replica["replica_id"]: replica for replica in stats["fleet"]}
-        self._starting -= fleet.keys()
+        absent = self._cluster.replicas.keys() - fleet.keys()  # being started, for the first time or anew
+        if absent:
+            await asyncio.to_thread(self._cluster.wish.set, 0)  # what is granted to it may be the room they wait for
         for replica_id in [name for name in self._closing if not fleet.get(name, {}).get("running")]:
             self._closing.remove(replica_id)
             await asyncio.to_thread(self._cluster.remove_replica, replica_id)
@@ -130,25 +140,25 @@ class Keeper:
         for replica_id in self._closing:
             if not fleet[replica_id]["closing"]:  # a scheduler that was started anew does not know
                 self._cluster.scheduler.close_replica.remote(replica_id)
-        load = self._load(stats, list(fleet.values()))
+        load = self._load(stats, list(fleet.values()), len(absent - self._closing))
         target = self._scaler.target(load, time.monotonic())
         if target > load.num_replicas:
             added = await asyncio.to_thread(self._cluster.add_replicas, target - load.num_replicas)
-            self._starting |= added.keys()
             missing = target - load.num_replicas - len(added)
             log.warning("load: %d replicas are being added, %d have no room yet", len(added), missing)
-            await asyncio.to_thread(self._cluster.wish.set, missing)
-        elif target < load.num_replicas:
+            if not added and not absent:
+                await asyncio.to_thread(self._cluster.wish.set, missing)
+        elif target < load.num_replicas and not absent:
             self._close_one(list(fleet.values()))
-        if load.wanted <= load.num_replicas:
+        if self._scaler.wanted(load) <= load.num_replicas:
             await asyncio.to_thread(self._cluster.wish.set, 0)
 
-    def _load(self, stats: dict[str, Any], fleet: list[dict[str, Any]]) -> Load:
+    def _load(self, stats: dict[str, Any], fleet: list[dict[str, Any]], num_starting: int) -> Load:
         """Replicas that are being started count: they are on their way."""
         open_ones = [replica for replica in fleet if replica["replica_id"] not in self._closing]
         capacity = sum(replica["capacity_tokens"] for replica in open_ones)
         return Load(
-            num_replicas=len(open_ones) + len(self._starting),
+            num_replicas=len(open_ones) + num_starting,
             num_running=stats["turns_running"],
             num_waiting=stats["turns_waiting"],
             slots_per_replica=self._config.model.max_running_turns,
@@ -158,7 +168,7 @@ class Keeper:
     def _close_one(self, fleet: list[dict[str, Any]]) -> None:
         """The replica with the least to do takes no more turns, and ends when it has none."""
         open_ones = [replica for replica in fleet if replica["replica_id"] not in self._closing]
-        if self._starting or len(open_ones) <= self._config.cluster.num_replicas:
+        if len(open_ones) <= self._config.cluster.num_replicas:
             return
         least = min(open_ones, key=lambda replica: (replica["running"], replica["tokens"]))["replica_id"]
         self._closing.add(least)

@@ -69,7 +69,7 @@ class Recalled:
     spelt: list[Record] = field(default_factory=list)
     """Of the answers in its history that were not known until now, and of those behind one that was spelt anew."""
     began: float = field(default_factory=time.time)
-    """Unix seconds."""
+    """When the request came; Unix seconds."""
 
 
 class Recollection:
@@ -88,6 +88,7 @@ class Recollection:
 
     async def recall(self, scope: str, messages: Sequence[Message], session_id: str | None) -> Recalled:
         """The conversation that these messages are. Raises TemplateError for messages the template refuses."""
+        began = time.time()
         exchanges, new = split(messages)
         names = _names(scope, exchanges)
         found = next((i for i in range(len(names), 0, -1) if names[i - 1] in self._transcripts), 0)
@@ -130,6 +131,7 @@ class Recollection:
             new=new,
             transcript=transcript,
             spelt=stopped + spelt,
+            began=began,
         )
 
     async def _look_up(
@@ -175,6 +177,7 @@ class Recollection:
 
     async def recall_text(self, scope: str, text: str, session_id: str | None) -> Recalled:
         """A completion's prompt: the ids of the longest known prompt and answer it begins with, the rest tokenised."""
+        began = time.time()
         buckets = await self._ask_shelf(_buckets(scope, text))
         ends = [(end, record) for record in buckets if (end := _end_of(record.part, text)) is not None]
         end, known = max(ends, key=lambda pair: pair[0], default=(0, None))
@@ -195,6 +198,7 @@ class Recollection:
             scope=scope,
             is_known=ids is not None,
             text=text,
+            began=began,
         )
 
     async def _ids_of(self, name: str) -> TokenIds | None:

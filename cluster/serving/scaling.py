@@ -42,9 +42,13 @@ class Scaler:
         self._more_since: float | None = None
         self._fewer_since: float | None = None
 
+    def wanted(self, load: Load) -> int:
+        """How many replicas this load alone would have."""
+        return min(max(load.wanted, self._low), self._high)
+
     def target(self, load: Load, now: float) -> int:
         """How many replicas there should be, now."""
-        wanted = min(max(load.wanted, self._low), self._high)
+        wanted = self.wanted(load)
         current = load.num_replicas
         self._more_since = (self._more_since if self._more_since is not None else now) if wanted > current else None
         self._fewer_since = (self._fewer_since if self._fewer_since is not None else now) if wanted < current else None

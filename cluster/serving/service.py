@@ -29,7 +29,7 @@ from cluster.chat import ChatFormat, TemplateError
 from cluster.client import Answer, TurnFailed
 from cluster.config import ServingSection
 from cluster.serving.administration import Administration
-from cluster.serving.connection import Connection
+from cluster.serving.connection import OUTDATED, Connection
 from cluster.serving.errors import ApiError, refuse
 from cluster.serving.generation import Generation, Job
 from cluster.serving.metrics import Metrics
@@ -43,8 +43,6 @@ from policies.messages import Mark
 from storage import keys
 
 log = logging.getLogger(__name__)
-
-OUTDATED = "another model is served now, and this process is about to end: try again"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,14 +48,15 @@ class Other:
     def __init__(self, scheduler: Any, model: Any) -> None:
         self._client = Client(scheduler, model)
 
-    async def run(self, name: str, num_tokens: int, sleep_s: float = 0.0) -> tuple[int, ...]:
-        """With a sleep, this process hears nothing for so long, in the middle of the answer."""
+    async def run(self, name: str, num_tokens: int, sleep_s: float = 0.0, asleep: str = "") -> tuple[int, ...]:
+        """With a sleep, this process hears nothing for so long, in the middle of the answer; then the file is there."""
         count = 0
 
         def on_delta(_: Any) -> None:
             nonlocal count
             count += 1
-            if count == 20:
+            if count == 20 and asleep:
+                Path(asleep).touch()
                 time.sleep(sleep_s)
 
         return (await self._client.run(request(name, num_tokens), on_delta=on_delta)).token_ids
@@ -71,13 +72,17 @@ def test_turns_of_one_client_keep_apart(cluster):
     asyncio.run(scenario())
 
 
-def test_a_slow_client_loses_nothing_and_holds_up_nobody(cluster):
+def test_a_slow_client_loses_nothing_and_holds_up_nobody(cluster, tmp_path):
     slow, quick = [Other.remote(cluster.scheduler, cluster.model) for _ in range(2)]
+    ray.get(quick.run.remote("first", 2), timeout=60)
+    asleep = tmp_path / "asleep"
+    sleeping = slow.run.remote("slow", 800, sleep_s=6.0, asleep=str(asleep))
+    while not asleep.exists():
+        time.sleep(0.02)
     began = time.monotonic()
-    sleeping = slow.run.remote("slow", 400, sleep_s=5.0)
-    ray.get(quick.run.remote("quick", 100), timeout=60)
+    ray.get(quick.run.remote("quick", 300), timeout=60)  # long enough for the sleeper's messages to be too many
     assert time.monotonic() - began < 5.0
-    assert ray.get(sleeping, timeout=60) == ray.get(quick.run.remote("slow", 400), timeout=60)
+    assert ray.get(sleeping, timeout=60) == ray.get(quick.run.remote("slow", 800), timeout=60)
 
 
 def test_the_turns_of_a_client_that_dies_end_with_it(cluster):
@@ -91,12 +96,32 @@ def test_the_turns_of_a_client_that_dies_end_with_it(cluster):
     assert wait_until_free(cluster) < 2.0, "the whole answer would take longer"
 
 
+@pytest.mark.slow
+def test_a_client_that_dies_in_silence_is_noticed(local_ray, small_model):
+    """By empty messages, one every twenty seconds."""
+    config = config_for(small_model)
+
+    async def num_listeners(replica: Any) -> int:
+        return int((await replica.stats.remote())["listeners"])
+
+    with running(config) as cluster:
+        (replica,) = cluster.replicas.values()
+        other = Other.remote(cluster.scheduler, cluster.model)
+        ray.get(other.run.remote("first", 2), timeout=60)
+        assert asyncio.run(num_listeners(replica)) == 1
+        ray.kill(other)
+        deadline = time.monotonic() + 60
+        while asyncio.run(num_listeners(replica)):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+
 def test_a_stream_that_breaks_costs_an_attempt(cluster):
     async def scenario() -> None:
         client, begun = cluster.client, asyncio.Event()
         turn = asyncio.ensure_future(client.run(request("broken", 300), on_delta=lambda _: begun.set()))
         await begun.wait()
-        (listener,) = client._listeners.values()
+        (listener,) = client._cluster._listeners.values()
         listener._reader.cancel()
         answer = await asyncio.wait_for(turn, LIMIT_S)
         assert answer.num_attempts == 2

@@ -122,7 +122,7 @@ def test_health_turns_bad_when_the_engine_hangs_and_good_again(served):
     with httpx.stream(
         "POST",
         f"{served.url}/v1/chat/completions",
-        content=body(max_tokens=2000, stream=True, ignore_eos=True),
+        content=body(max_tokens=800, stream=True, ignore_eos=True),
         headers={"content-type": "application/json"},
         timeout=60,
     ) as reply:
@@ -142,6 +142,7 @@ def test_health_turns_bad_when_the_engine_hangs_and_good_again(served):
 def test_a_front_with_the_tokens_of_another_model_answers_nobody(served):
     connection, state = served.service.connection, served.service.connection.state
     key_space = state.model.key_space.salted("another model")
+    client = connection.client
     connection.adopt(replace(state, bring_up="next", model=replace(state.model, key_space=key_space)))
     try:
         asked = httpx.post(
@@ -150,8 +151,10 @@ def test_a_front_with_the_tokens_of_another_model_answers_nobody(served):
         assert (asked.status_code, asked.json()["error"]["code"]) == (503, "outdated")
         assert int(asked.headers["retry-after"]) >= 1
         assert httpx.get(f"{served.url}/health").status_code == 503
+        assert "another model" in client._obstacle  # who waits for the next cluster fails
     finally:
         connection.adopt(state)
+        client.move(state.scheduler, state.model)
     assert httpx.get(f"{served.url}/health").status_code == 200
 
 

@@ -30,7 +30,7 @@ def test_replicas_go_where_the_fewest_are_as_far_as_they_fit():
 
 def test_what_does_not_fit_is_said_when_nobody_is_waited_for(local_ray, small_model, tmp_path):
     config = serving_config(small_model, tmp_path, cluster={"num_replicas": 2, "cpus_per_replica": 2})
-    with pytest.raises(BringUpError, match=r"only 1 of 2 replicas fit.*node_wait_s"), running(config):
+    with pytest.raises(BringUpError, match=r"2 replicas do not fit.*node_wait_s"), running(config):
         pass
 
 

@@ -124,11 +124,42 @@ def test_turns_of_a_cluster_that_is_taken_down_go_on_in_the_next(keeper, small_m
     asyncio.run(scenario())
 
 
+def test_two_clusters_with_equal_names_are_not_mixed_up(keeper, small_model, tmp_path):
+    """A turn that waited in the old one is dispatched there after the move."""
+
+    async def scenario() -> None:
+        with running(serving_config(small_model, tmp_path, model={"max_running_turns": 1})) as old:
+            client, begun = Client(old.scheduler, old.model, may_move=True), asyncio.Event()
+            running_there = asyncio.ensure_future(client.run(request(0, 300), on_delta=lambda _: begun.set()))
+            await begun.wait()
+            waiting_there = asyncio.ensure_future(client.run(request(1, 5)))
+            while not (await old.scheduler.snapshot.remote())["turns_waiting"]:
+                await asyncio.sleep(0.02)
+            client.move((await keeper.state()).scheduler, keeper._cluster.model)
+            answers = await asyncio.wait_for(asyncio.gather(running_there, waiting_there), LIMIT_S)
+            assert [answer.num_attempts for answer in answers] == [1, 1]
+            here = await client.run(request(2, 5))
+            assert here.num_attempts == 1
+            assert (await asyncio.to_thread(keeper._cluster.scheduler_stats))["turns_running"] == 0
+
+    asyncio.run(scenario())
+
+
 def test_metrics_of_other_fronts_are_passed_on(keeper):
     async def scenario() -> None:
         await keeper.exchange("a", "text of a")
         _, others = await keeper.exchange("b", "text of b")
         assert others == {"a": "text of a"}
+
+    asyncio.run(scenario())
+
+
+def test_a_scheduler_that_is_dead_for_good_is_no_health(keeper):
+    async def scenario() -> None:
+        await keeper.check_health()
+        ray.kill(keeper._cluster.scheduler, no_restart=True)
+        with pytest.raises(RuntimeError, match="dead for good"):
+            await keeper.check_health()
 
     asyncio.run(scenario())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,35 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> N
     raise AssertionError(log.read_text())
 
 
+def leave(url: str, *, stream: bool) -> None:
+    """A client that goes in the middle of its answer ends its turn, behind Serve's proxy, too."""
+    before = num_aborted(url)
+    asked = {
+        "messages": [{"role": "user", "content": "Go on"}],
+        "max_tokens": 100_000,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    timeout = httpx.Timeout(30, read=None if stream else 0.5)
+    with (
+        suppress(httpx.ReadTimeout),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=timeout) as reply,
+    ):
+        next(reply.iter_lines())
+    deadline = time.monotonic() + 10  # the whole answer would take longer
+    while num_aborted(url) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    replicas = httpx.get(f"{url}/reprise/v1/cluster", timeout=30).json()["replicas"]
+    assert [replica["running"] for replica in replicas] == [0]
+
+
+def num_aborted(url: str) -> int:
+    text = httpx.get(f"{url}/metrics", timeout=30).text
+    lines = re.findall(r'reprise_request_success_total\{finished_reason="abort".*\} (\d+)', text)
+    return sum(map(int, lines))
+
+
 def test_conversations_survive_an_interrupt_and_a_restart(small_model, tmp_path):
     asked: dict[str, Any] = {"model": small_model.name, "max_tokens": 24, "temperature": 0.8, "seed": 4}
     messages: list[Any] = [SYSTEM, {"role": "user", "content": "How far is the harbour from the old gate?"}]
@@ -103,6 +133,8 @@ def test_conversations_survive_an_interrupt_and_a_restart(small_model, tmp_path)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         first = client.chat.completions.create(messages=messages, **asked)
         assert len(httpx.get(f"{url}/health", headers={"x-request-id": "one"}).headers.get_list("x-request-id")) == 1
+        for stream in (True, False):
+            leave(url, stream=stream)
         messages += [first.choices[0].message, {"role": "user", "content": "And on foot?"}]
         pieces: list[str] = []
         finish: list[str] = []
