@@ -23,6 +23,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.is_left = False
+        """Nobody reads it any more."""
         self._pieces: list[tuple[str, Piece]] = []
         self._news = asyncio.Event()
 
@@ -32,12 +33,20 @@ class Outbox:
             self._pieces.append((name, piece))
             self._news.set()
 
+    def leave(self) -> None:
+        """There will be no more messages."""
+        self.is_left = True
+        self._pieces = []
+        self._news.set()
+
     async def messages(self) -> AsyncIterator[Message]:
-        """Without end. An empty one after a silence: sending it tells whether somebody is still there."""
+        """Until it is left. An empty one after a silence: sending it tells whether somebody is still there."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(SILENCE_S):
                     await self._news.wait()
+            if self.is_left:
+                return
             self._news.clear()
             pieces, self._pieces = self._pieces, []
             yield tuple(pieces)

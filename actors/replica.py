@@ -149,16 +149,20 @@ class Replica:
     # --- one turn -----------------------------------------------------------------------------------------------------
 
     async def listen(self, listener: str) -> AsyncIterator[Message]:
-        """Streams the pieces of all attempts that name this listener, without end. When it is left, they end."""
+        """Streams the pieces of all attempts that name this listener, until it leaves. Then they end."""
         outbox = self._outbox(listener)
         try:
             async for message in outbox.messages():
                 yield message
         finally:
-            outbox.is_left = True
+            outbox.leave()
             for running in self._running.values():
                 if running.outbox is outbox:
                     self._abort(running.name)
+
+    async def leave(self, listener: str) -> None:
+        """The listener wants to hear no more."""
+        self._outbox(listener).leave()
 
     async def generate(self, request: TurnRequest, dispatch: m.Dispatch, listener: str) -> None:
         """Runs one attempt; its pieces go to the listener, the last one is a TurnEnd. RuntimeError if it has left."""

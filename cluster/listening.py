@@ -91,7 +91,7 @@ class Listener:
 
     async def _read(self) -> None:
         error: BaseException = StreamBroke("the replica's stream ended")
-        stream, options = None, {"num_returns": "streaming", "_generator_backpressure_num_objects": MAX_MESSAGES}
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": MAX_MESSAGES}
         try:
             stream = self._replica.listen.options(**options).remote(self._id)
             async for ref in stream:
@@ -107,8 +107,8 @@ class Listener:
         finally:
             for sink in self._sinks.values():
                 sink.fail(error)
-            if stream is not None and ray.is_initialized():
-                ray.cancel(stream)  # its turns end with it
+            if ray.is_initialized():
+                self._replica.leave.remote(self._id)  # its turns end with it
 
 
 async def _watch(call: Any, sink: _Sink) -> None:

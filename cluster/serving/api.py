@@ -29,7 +29,7 @@ from cluster.serving.openai_bodies import DONE, ChatBodies, CompletionBodies, ss
 from cluster.serving.protocol import ChatRequest, CommonRequest, CompletionRequest
 from cluster.serving.service import Service
 from cluster.serving.sessions import last_turn
-from cluster.serving.streaming import EventStream, as_header, unless_gone
+from cluster.serving.streaming import Apart, EventStream, as_header, unless_gone
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def create_app(service: Service, *, names_requests: bool = True) -> FastAPI:
         endpoints=ENDPOINTS,
         names_requests=names_requests,
     )
+    app.add_middleware(Apart)
     return app
 
 

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from contextlib import ExitStack, suppress
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -62,7 +63,7 @@ class Keeper:
     async def state(self) -> ClusterState:
         """Who is there now."""
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.get_running_loop().create_task(self._keep())
+            self._watch = asyncio.get_running_loop().create_task(self._keep(), context=Context())  # not of this request
         return cluster_state(self._cluster, self._history)
 
     async def exchange(self, front_id: str, exposition: str) -> tuple[ClusterState, dict[str, str]]:

@@ -10,11 +10,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.serving.errors import ApiError
 
@@ -32,6 +33,31 @@ async def to_the_end(work: Awaitable[Result]) -> Result:
     _at_work.add(task)
     task.add_done_callback(_at_work.discard)
     return await asyncio.shield(task)
+
+
+class Apart:
+    """ASGI middleware: each request in a task and context of its own.
+
+    With a request whose client has gone Serve cancels what Ray finds submitted in its context: calls to actors that
+    other requests need too (the stream from a replica, a note for the conversations' actor), after which such an
+    actor's queue may stand still (Ray 2.60). So Ray finds nothing, and the request is cancelled once and ends as it
+    should.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def run() -> None:
+            await self._app(scope, receive, send)
+
+        task = asyncio.get_running_loop().create_task(run(), context=Context())
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            await to_the_end(asyncio.wait({task}))
+            raise
 
 
 async def unless_gone(

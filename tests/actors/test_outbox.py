@@ -51,7 +51,12 @@ def test_a_slow_reader_gets_longer_messages_and_loses_nothing():
 
 
 def test_nothing_is_kept_for_who_has_left():
-    outbox = Outbox()
-    outbox.is_left = True
-    outbox.put("a", delta("x"))
-    assert outbox._pieces == []
+    async def scenario() -> None:
+        outbox = Outbox()
+        outbox.put("a", delta("x"))
+        outbox.leave()
+        outbox.put("a", delta("y"))
+        assert [message async for message in outbox.messages()] == []
+        assert outbox._pieces == []
+
+    asyncio.run(scenario())

@@ -133,8 +133,12 @@ def test_conversations_survive_an_interrupt_and_a_restart(small_model, tmp_path)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         first = client.chat.completions.create(messages=messages, **asked)
         assert len(httpx.get(f"{url}/health", headers={"x-request-id": "one"}).headers.get_list("x-request-id")) == 1
-        for stream in (True, False):
+        for stream in (True, False, True, False, True, True):
             leave(url, stream=stream)
+        known = httpx.get(
+            f"{url}/reprise/v1/conversations/{first.usage.model_extra['reprise']['session_id']}", timeout=30
+        )
+        assert known.status_code == 200, "a cancelled request has stopped the conversations' actor"
         messages += [first.choices[0].message, {"role": "user", "content": "And on foot?"}]
         pieces: list[str] = []
         finish: list[str] = []

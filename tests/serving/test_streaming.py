@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 from starlette.requests import Request
 
 from cluster.serving.errors import ApiError
-from cluster.serving.streaming import EventStream, unless_gone
+from cluster.serving.streaming import Apart, EventStream, unless_gone
 
 
 class Client:
@@ -29,6 +30,35 @@ class Client:
 
     def request(self) -> Request:
         return Request({"type": "http", "method": "POST", "headers": []}, self.receive)
+
+
+SOMEBODY = ContextVar("somebody", default="nobody")
+
+
+@pytest.mark.parametrize("num_cancels", [0, 1, 3])
+def test_a_request_runs_apart_and_ends_whatever_happens_to_it(num_cancels):
+    async def scenario() -> None:
+        seen, ended = [], []
+
+        async def app(*_: Any) -> None:
+            seen.append(SOMEBODY.get())
+            try:
+                await asyncio.sleep(0.05)
+            finally:
+                await asyncio.sleep(0.01)
+                ended.append(True)
+
+        SOMEBODY.set("Ray's task")
+        task = asyncio.ensure_future(Apart(app)({"type": "http"}, None, None))
+        for _ in range(num_cancels):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled() == bool(num_cancels)
+        await asyncio.sleep(0.05)
+        assert (seen, ended) in ((["nobody"], [True]), ([], []))
+
+    asyncio.run(scenario())
 
 
 async def endless() -> AsyncIterator[bytes]:

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.timeout(180)]
 
 def test_a_question_is_answered_while_it_streams(visit):
     one = visit()
-    one.set(max_tokens=60)
+    one.set(max_tokens=300)  # a fast model's, in many frames
     one.page.evaluate("""() => {
         window.lengths = new Set();
         new MutationObserver(() => {
