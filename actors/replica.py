@@ -120,9 +120,8 @@ class Replica:
             await self._link.connect()
         except BaseException as error:
             self._link.close()
-            if (
-                ray.get_runtime_context().was_current_actor_reconstructed
-            ):  # nobody waits in `ready` who could hear of it
+            # Nobody waits in `ready` who could hear of it.
+            if ray.get_runtime_context().was_current_actor_reconstructed:
                 log.error("this replica ends, its shard did not start: %s", error)
                 os._exit(1)
             raise

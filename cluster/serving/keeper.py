@@ -81,9 +81,8 @@ class Keeper:
         deadline = time.monotonic() + self._config.serving.drain_s
         if await self._until_quiet(min(deadline, time.monotonic() + OPEN_S)):
             return
-        await asyncio.to_thread(
-            self._refuse
-        )  # other turns wait, in their front processes, for the next keeper's cluster
+        # Other turns wait, in their front processes, for the next keeper's cluster.
+        await asyncio.to_thread(self._refuse)
         if not await self._until_quiet(deadline):
             log.warning("turns were still running after %g s", self._config.serving.drain_s)
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from cluster.bringup import BringUpError, running
 from cluster.nodes import spread
+from tests.programs import run_program
 from tests.serving.server import serving_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def node(name: str, cpus: float, gpus: float = 0) -> dict[str, object]:
@@ -37,15 +30,5 @@ def test_what_does_not_fit_is_said_when_nobody_is_waited_for(local_ray, small_mo
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_nodes_come_when_replicas_have_no_room(small_model):
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.serving.growing", str(small_model)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    report = json.loads(run.stdout.strip().splitlines()[-1])
+    report = run_program("tests.serving.growing", small_model, timeout_s=200)
     assert report == {"asked": [{"CPU": 1.0}, {"CPU": 1.0}], "replicas": [1, 2, 1], "waiting": 0}
