@@ -46,7 +46,13 @@ def main() -> int:
     except KeyboardInterrupt:
         print("demo: interrupted; the local Ray is down", file=sys.stderr)
         return 130
-    print(f"Report and rows: {out.relative_to(HERE)}/ (report.json, turns.jsonl, parquet/)")
+    if code == 0:
+        print(f"Report and rows: {out.relative_to(HERE)}/ (report.json, turns.jsonl, parquet/)")
+    else:
+        print(
+            "demo: the job did not end well; on a machine that is very busy it may only need another try",
+            file=sys.stderr,
+        )
     return code
 
 
